@@ -1,0 +1,37 @@
+# Flags that every target of ours shares (objects must agree on them), and the one way to make a group of objects.
+add_library(moelab_flags INTERFACE)
+target_include_directories(moelab_flags INTERFACE $<BUILD_INTERFACE:${CMAKE_CURRENT_SOURCE_DIR}>)
+target_compile_features(moelab_flags INTERFACE cxx_std_20)
+target_link_libraries(moelab_flags INTERFACE moelab_torch::torch)
+
+add_library(moelab_private_flags INTERFACE)
+target_compile_definitions(moelab_private_flags INTERFACE AT_PER_OPERATOR_HEADERS SPDLOG_FMT_EXTERNAL
+  MOELAB_VERSION="${PROJECT_VERSION}" MOELAB_SOURCE_DIR="${CMAKE_CURRENT_SOURCE_DIR}")
+target_compile_options(moelab_private_flags INTERFACE -Wall -Wextra -Wpedantic -Wshadow $<$<BOOL:${MOELAB_WERROR}>:-Werror>)
+if(MOELAB_SANITIZE)
+  target_compile_options(moelab_private_flags INTERFACE -fsanitize=${MOELAB_SANITIZE} -fno-omit-frame-pointer)
+  target_link_options(moelab_flags INTERFACE -fsanitize=${MOELAB_SANITIZE})
+endif()
+
+find_program(MOLD_PROGRAM mold)
+if(MOLD_PROGRAM)
+  target_link_options(moelab_flags INTERFACE $<BUILD_INTERFACE:-fuse-ld=mold>)
+endif()
+
+# ccache keys hold paths relative to the checkout, so that two clones share one cache.
+find_program(CCACHE_PROGRAM ccache)
+if(CCACHE_PROGRAM)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_CURRENT_SOURCE_DIR} CCACHE_NOHASHDIR=1
+      ${CCACHE_PROGRAM})
+endif()
+
+function(moelab_objects name)
+  set(sources ${ARGN})
+  if(NOT sources)
+    set(sources ${PROJECT_SOURCE_DIR}/cmake/empty.cpp)
+  endif()
+  add_library(${name} OBJECT ${sources})
+  target_link_libraries(${name} PRIVATE moelab_flags moelab_private_flags fmt::fmt spdlog::spdlog
+    nlohmann_json::nlohmann_json tomlplusplus::tomlplusplus ZLIB::ZLIB)
+  set_target_properties(${name} PROPERTIES UNITY_BUILD ${MOELAB_UNITY} UNITY_BUILD_BATCH_SIZE 10)
+endfunction()

@@ -1,0 +1,90 @@
+#include "core/params.h"
+
+#include "core/error.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace moelab {
+namespace {
+
+template <class... Cases>
+struct Overloaded : Cases... {
+  using Cases::operator()...;
+};
+template <class... Cases>
+Overloaded(Cases...) -> Overloaded<Cases...>;
+
+std::string range_text(const OptionSpec& spec) {
+  const bool low = std::isfinite(spec.min), high = std::isfinite(spec.max);
+  if (low && high) return fmt::format("between {} and {}", spec.min, spec.max);
+  return low ? fmt::format("at least {}", spec.min) : fmt::format("at most {}", spec.max);
+}
+
+void check_range(const OptionSpec& spec, double value) {
+  if (std::isnan(value) || value < spec.min || value > spec.max)
+    usage_error(fmt::format("'{}' is {}, but must be {}", spec.name, value, range_text(spec)));
+}
+
+void check_choice(const OptionSpec& spec, const std::string& value) {
+  if (spec.choices.empty() || std::count(spec.choices.begin(), spec.choices.end(), value)) return;
+  usage_error(fmt::format("'{}' is \"{}\", but must be one of {}{}", spec.name, value, fmt::join(spec.choices, ", "),
+                          did_you_mean(value, spec.choices)));
+}
+
+// A real option accepts an integer literal; nothing else is converted.
+OptionValue widened(const OptionSpec& spec, OptionValue value) {
+  if (std::holds_alternative<double>(spec.default_value) && std::holds_alternative<int64_t>(value))
+    return static_cast<double>(std::get<int64_t>(value));
+  return value;
+}
+
+}  // namespace
+
+std::string type_name(const OptionValue& value) {
+  static const char* const names[] = {"bool", "integer", "real", "string", "list of integers"};
+  return names[value.index()];
+}
+
+std::string to_text(const OptionValue& value) {
+  return std::visit(Overloaded{[](bool v) { return std::string(v ? "true" : "false"); },
+                               [](int64_t v) { return fmt::format("{}", v); },
+                               [](double v) { return fmt::format("{}", v); },
+                               [](const std::string& v) { return fmt::format("\"{}\"", v); },
+                               [](const std::vector<int64_t>& v) { return fmt::format("[{}]", fmt::join(v, ", ")); }},
+                    value);
+}
+
+Options::Options(const OptionSpecs& specs) {
+  for (const OptionSpec& spec : specs) values_[spec.name] = spec.default_value;
+}
+
+void Options::set(const OptionSpec& spec, OptionValue value) {
+  value = widened(spec, std::move(value));
+  if (value.index() != spec.default_value.index())
+    usage_error(fmt::format("'{}' is a {}, but must be a {}", spec.name, type_name(value), type_name(spec.default_value)));
+  if (const auto* number = std::get_if<int64_t>(&value)) check_range(spec, static_cast<double>(*number));
+  if (const auto* number = std::get_if<double>(&value)) check_range(spec, *number);
+  if (const auto* word = std::get_if<std::string>(&value)) check_choice(spec, *word);
+  values_[spec.name] = std::move(value);
+  set_[spec.name] = true;
+}
+
+const OptionValue& Options::at(const std::string& name) const {
+  const auto found = values_.find(name);
+  check_invariant(found != values_.end(), "option '" + name + "' was never declared");
+  return found->second;
+}
+
+bool Options::flag(const std::string& name) const { return std::get<bool>(at(name)); }
+int64_t Options::integer(const std::string& name) const { return std::get<int64_t>(at(name)); }
+double Options::real(const std::string& name) const { return std::get<double>(at(name)); }
+const std::string& Options::text(const std::string& name) const { return std::get<std::string>(at(name)); }
+const std::vector<int64_t>& Options::integers(const std::string& name) const {
+  return std::get<std::vector<int64_t>>(at(name));
+}
+
+}  // namespace moelab

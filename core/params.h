@@ -1,0 +1,56 @@
+// A plugin's options, declared once: the declaration is the schema of the config reader, the text of `describe`, and the
+// rows of the generated tables.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace moelab {
+
+// The alternatives are the option types: bool, integer, real, string, list of integers.
+using OptionValue = std::variant<bool, int64_t, double, std::string, std::vector<int64_t>>;
+
+struct OptionSpec {
+  std::string name;
+  OptionValue default_value;  // its alternative is the option's type
+  std::string doc;
+  double min = -std::numeric_limits<double>::infinity();  // numbers only, inclusive
+  double max = std::numeric_limits<double>::infinity();
+  std::vector<std::string> choices = {};  // strings only; empty means any
+};
+
+using OptionSpecs = std::vector<OptionSpec>;
+
+std::string type_name(const OptionValue& value);  // "bool", "integer", "real", "string", "list of integers"
+std::string to_text(const OptionValue& value);    // as TOML would write it
+
+// What the config said, or the default, for every declared option. Asking for an undeclared name is a bug of the caller.
+class Options {
+ public:
+  Options() = default;
+  explicit Options(const OptionSpecs& specs);  // all defaults
+
+  // Checks type, range and choices; the message has no place, the config reader adds it. Throws Error(kUsage).
+  void set(const OptionSpec& spec, OptionValue value);
+
+  bool flag(const std::string& name) const;
+  int64_t integer(const std::string& name) const;
+  double real(const std::string& name) const;
+  const std::string& text(const std::string& name) const;
+  const std::vector<int64_t>& integers(const std::string& name) const;
+
+  bool declared(const std::string& name) const { return values_.count(name) != 0; }
+  bool was_set(const std::string& name) const { return set_.count(name) != 0; }  // by the user, not by the default
+  const std::map<std::string, OptionValue>& all() const { return values_; }
+
+ private:
+  const OptionValue& at(const std::string& name) const;
+  std::map<std::string, OptionValue> values_;
+  std::map<std::string, bool> set_;
+};
+
+}  // namespace moelab
