@@ -1,0 +1,44 @@
+// What is measured of a routing decision. Everything kept is a sum of integers, or of per-row values in double: records add up
+// over micro-batches and ranks, and ratios are formed last. Recomputation never records; padding is not there to be counted.
+#pragma once
+
+#include "core/comm.h"
+#include "core/router.h"
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+// Additive counters of one site (spec ids in brackets refer to the balance metrics B1–B21 of the diagnostics literature).
+struct RoutingRecord {
+  std::vector<int64_t> chosen_E;    // pairs per expert before the capacity
+  std::vector<int64_t> accepted_E;  // after it
+  int64_t rows = 0;
+  int64_t left_behind = 0;          // rows without any accepted expert
+  int64_t dropped = 0;              // pairs that did not fit
+  int64_t places = 0;               // Σ capacity; 0 = no capacity
+  double entropy_sum = 0;           // Σ_t H(p_t) in nats
+  int64_t entropy_rows = 0;         // 0 where the router has no probabilities
+
+  void add(const RoutingRecord& other);
+  void all_reduce(Comm& comm);
+};
+
+RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts);
+
+// Ratios of a record: load_cv2, max_violation, max_over_mean, min_over_mean, load_entropy (normalised), effective_experts,
+// dead (count), dropped (share of pairs), left_behind (share of rows), capacity_used, router_entropy (normalised).
+// What cannot be formed (no rows, no capacity) is NaN.
+std::map<std::string, double> metrics_of(const RoutingRecord& record);
+
+struct MetricDoc {
+  std::string name;
+  std::string equation;
+  std::string range;
+  std::string doc;
+};
+const std::vector<MetricDoc>& metric_docs();  // for `list metrics` and the generated tables
+
+}  // namespace moelab

@@ -1,0 +1,107 @@
+// Banks of experts. A bank is a list of homogeneous groups (stacked parameters, expert first) with a map from the global
+// expert to (group, slot): unequal widths and mixed kinds are several groups.
+#pragma once
+
+#include "core/module.h"
+#include "core/params.h"
+#include "core/plan.h"
+#include "core/registry.h"
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <source_location>
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+// What a request keeps from call to call while decoding (keys and values of attention experts, …).
+struct DecodeCache {
+  std::map<std::string, Tensor> kept;
+};
+
+// What an expert may know of the rows it gets.
+struct ExpertContext {
+  Tensor rows_ND;        // grouped by expert
+  Tensor offsets_E1;     // int64 on the CPU
+  Tensor token_N;        // which row of the layer's input each one is
+  const SparsePlan* plan = nullptr;  // undefined while merging
+  Tensor input_TD;       // the layer's input, all rows
+  Tensor sequence_T;     // of the layer's input
+  Tensor cu_seqlens_B1;  // undefined where sequences are interleaved
+  Tensor carried_TD;     // two-stage banks: what the module's code between the stages made, all rows
+  DecodeCache* cache = nullptr;
+  bool training = true;
+};
+
+struct ExpertGroup {
+  int64_t first = 0;    // global id of slot 0; slots are consecutive global ids
+  int64_t experts = 0;
+  std::vector<NamedTensor> stacked;  // each [experts, …]; short names: "w_in"
+};
+
+class ExpertBank : public Module {
+ public:
+  ~ExpertBank() override;
+
+  int64_t experts() const;
+  const std::vector<ExpertGroup>& groups() const { return groups_; }
+
+  // Output of every row through its own expert, gates not applied. Rows of an expert without rows: nothing happens, and its
+  // parameters still get a zero gradient. `stage` 0 … stages()-1.
+  virtual Tensor forward(const ExpertContext& context, int stage) const = 0;
+  virtual int stages() const { return 1; }
+  virtual int64_t output_width(int stage) const = 0;
+
+  // All rows through one expert with the given parameters (in the order of groups()[0].stacked, without the expert axis).
+  // Serves merging and the reference executor; refused by banks of several groups or stages.
+  virtual Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const;
+
+  // Σ_e alpha[e]·θ_e for every parameter, on the graph. Refused across groups.
+  std::vector<Tensor> merge(const Tensor& alpha_E) const;
+
+  // One expert's parameters, on the graph.
+  std::vector<Tensor> parameters_of(int64_t expert) const;
+
+  virtual int64_t parameters_per_expert(int64_t expert) const;
+  virtual double flops_per_row(int64_t expert) const = 0;  // forward; a multiply-add counts as two
+
+  // (stacked tensor, slot) for every parameter of an expert: what surgery and the optimiser touch.
+  struct Slice {
+    Tensor stacked;
+    int64_t slot;
+  };
+  std::vector<Slice> slices(int64_t expert) const;
+
+  // In place, without gradient. Moments are the trainer's to copy beside these.
+  void clone_expert(int64_t from, int64_t to);
+  virtual void reset_expert(int64_t expert, RandomKey key) = 0;
+  void permute(const std::vector<int64_t>& new_from_old);  // within one group
+
+ protected:
+  std::vector<ExpertGroup> groups_;
+};
+
+struct ExpertSpec {
+  int64_t width = 0;        // D
+  int64_t experts = 0;      // including room to grow
+  at::ScalarType dtype = at::kFloat;
+  RandomKey init;
+  double output_scale = 1;  // scales the initial output weights: 1/√(2·layers) in deep models
+  Options options;
+};
+
+struct ExpertEntry {
+  std::string name;
+  std::string title;
+  std::string citation;
+  std::string equation;
+  OptionSpecs options = {};
+  std::function<std::unique_ptr<ExpertBank>(ExpertSpec)> make;
+  std::source_location where = std::source_location::current();
+};
+
+std::unique_ptr<ExpertBank> make_experts(const std::string& name, ExpertSpec spec);
+
+}  // namespace moelab

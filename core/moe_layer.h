@@ -1,0 +1,82 @@
+// A mixture-of-experts layer: route → dispatch → experts → combine. It returns the layer's delta; the block adds the residual.
+#pragma once
+
+#include "core/config.h"
+#include "core/diagnostics.h"
+#include "core/execute.h"
+#include "core/expert.h"
+#include "core/loss.h"
+#include "core/router.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+// A routed place of a model: which router decides, for which bank, under which name. Several sites may share a router, and
+// several may consume one plan.
+struct Site {
+  std::string path;       // "layers.3.moe"
+  int64_t layer = 0;
+  int64_t use = 0;        // which use of a shared router
+  std::shared_ptr<Router> router;
+  std::shared_ptr<ExpertBank> bank;
+  std::vector<LossTerm> losses;
+};
+
+struct LayerSettings {
+  std::string router = "softmax_topk";
+  RouterSpec router_spec;
+  std::string expert = "ffn";
+  ExpertSpec expert_spec;
+  int64_t shared_count = 0;
+  int64_t shared_width = 0;   // of each shared expert
+  bool shared_gate = false;
+  Execution execution = Execution::kAuto;
+  std::vector<LossTerm> losses;
+};
+
+// Reads the tables of a layer ([moe], [moe.router], … and [[loss]]) from `root`, the experiment or the overlay of a layer.
+LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_t vocabulary, at::ScalarType dtype,
+                         RandomKey init);
+
+// A loss term's sums in one micro-batch.
+struct TermStatistics {
+  size_t term = 0;  // index into Site::losses
+  std::vector<LossStatistics> per_scope;
+};
+
+struct LayerOutput {
+  Tensor y_TD;
+  RouteOutput routed;
+  std::vector<TermStatistics> statistics;
+  RoutingRecord record;
+};
+
+class MoELayer : public Module {
+ public:
+  MoELayer(std::string path, LayerSettings settings);
+
+  // Shared experts are added where there are any. `in` is complete but for x-independent defaults; see make_route_input.
+  LayerOutput forward(const RouteInput& in, RouteState& state, DecodeCache* cache = nullptr) const;
+
+  // The two halves, for blocks where several banks consume one decision.
+  RouteOutput decide(const RouteInput& in, RouteState& state) const;
+  Tensor shared_output(const Tensor& x_TD) const;  // undefined without shared experts
+
+  const Site& site() const { return site_; }
+  Site& site() { return site_; }
+  const LayerSettings& settings() const { return settings_; }
+
+ private:
+  LayerSettings settings_;
+  Site site_;
+  std::shared_ptr<ExpertBank> shared_;
+  Tensor shared_gate_weight_1D_;
+};
+
+// Statistics of every term for one decision.
+std::vector<TermStatistics> term_statistics(const Site& site, const RouteInput& in, const RouteOutput& out);
+
+}  // namespace moelab

@@ -1,0 +1,48 @@
+// Shared steps of routers: noise, scores, stable top-k, gates. A router file holds only what is its own.
+#pragma once
+
+#include "core/router.h"
+
+namespace moelab {
+
+// Rows must be finite; NaN and Inf are errors that name the tensor, layer and step.
+void require_finite(const Tensor& tensor, const char* name, const RouteInput& in);
+
+// x·weightᵀ in float32 or better, whatever autocast says. [T,E]
+Tensor router_logits(const Tensor& x_TD, const Tensor& weight_ED);
+
+// The k largest of each row, largest first; ties go to the lowest column. int64 [T,k], not differentiable.
+Tensor stable_topk(const Tensor& score_TE, int64_t k);
+
+// What `[moe.noise]` does to a linear router's scores. `noisy` equals `clean` where nothing was drawn.
+struct NoisyLogits {
+  Tensor clean_TE;
+  Tensor noisy_TE;
+  Tensor std_TE;  // standard deviation of the additive noise; undefined where there is none
+};
+
+// The raw draws of this pass: `in.noise` where an outside program gave them, else from the stream. Shapes are checked.
+Tensor raw_normal(const RouteInput& in, int64_t columns);
+Tensor raw_uniform(const RouteInput& in, int64_t columns);
+Tensor raw_gumbel(const RouteInput& in, int64_t columns);
+
+// Applies kind = none | normal (std) | jitter (epsilon, on the input); kind `paper` is resolved by the router before.
+NoisyLogits noisy_logits(const RouteInput& in, const Tensor& weight_ED, const NoiseSpec& noise);
+
+// Gathers score_TE at choice_TK; 0 where the choice is -1.
+Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK);
+
+// Divides by the sum over the row's kept entries, guard 1e-9. `counted_TK` (bool) says which entries enter the sum.
+Tensor renormalised(const Tensor& gate_TK, const Tensor& counted_TK);
+
+// Everything after the choice: capacity (or the forced outcome), renormalisation, plan. `chosen.allowed_TK` marks the pairs
+// that the router's own policy did not refuse (undefined: all chosen ones).
+struct Chosen {
+  Tensor choice_TK;       // int64, -1 = none
+  Tensor gate_TK;         // on the graph, before renormalisation
+  Tensor priority_TK;     // probability of each pair, with noise where there was noise; serves `batch` and `score`
+  Tensor allowed_TK;      // bool or undefined
+};
+RouteOutput finish_sparse(const RouteInput& in, const RouterSpec& spec, Chosen chosen, Scores scores);
+
+}  // namespace moelab
