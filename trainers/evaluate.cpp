@@ -89,6 +89,7 @@ Evaluation evaluate(const Model& model, const Dataset& data, int64_t sequences, 
   out.loss = sums.loss / tokens;
   out.bits_per_byte = out.loss / std::numbers::ln2 / data.bytes_per_token();
   out.accuracy = static_cast<double>(sums.right) / tokens;
+  out.labels = site_labels(sites);
   out.records = sums.records;
   for (size_t s = 0; s < sites.size(); ++s) {
     out.terms.emplace_back();

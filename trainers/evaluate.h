@@ -15,6 +15,7 @@ struct Evaluation {
   double loss = 0;            // nats per token
   double bits_per_byte = 0;
   double accuracy = 0;        // share of tokens whose most probable prediction is right
+  std::vector<std::string> labels;                 // per site: site_labels()
   std::vector<RoutingRecord> records;              // per site
   std::vector<std::vector<double>> terms;          // per site and loss term: value over the whole evaluation
 };
