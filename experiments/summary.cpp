@@ -116,7 +116,7 @@ std::vector<double> ngram_baselines(const Experiment& experiment) {
   const auto& train = experiment.data->train_bytes();
   const auto& validation = experiment.data->validation_bytes();
   if (!experiment.train.ngram_baselines || train.empty() || validation.empty()) return {};
-  return ngram_bits_per_byte(train, validation, kLongestContext);
+  return bits_per_byte(NgramModel(train, kLongestContext), validation);
 }
 
 nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, const std::string& outcome, double seconds,
