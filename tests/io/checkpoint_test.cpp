@@ -44,6 +44,11 @@ void check_is_whole(const Checkpoint& loaded, int64_t elements = 40) {
   }
 }
 
+int64_t newest_step(const std::string& root) {
+  const std::vector<int64_t> steps = checkpoint_steps(root);
+  return steps.empty() ? -1 : steps.front();
+}
+
 void damage_file(const std::string& path) { put_bytes(path, with_flipped_bit(bytes_of(path), 8 * 100)); }
 
 const std::vector<std::string> kFileNames{"manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"};
@@ -225,12 +230,14 @@ TEST_CASE("a writer killed at any moment leaves a whole checkpoint to load") {
       });
       _exit(1);
     }
-    usleep(static_cast<useconds_t>(2'000 + 1'700 * kill_number));
+    while (newest_step(root.path()) < first && waitpid(writer, nullptr, WNOHANG) == 0) usleep(500);
+    usleep(static_cast<useconds_t>(700 * kill_number));
     kill(writer, SIGKILL);
     int status = 0;
     waitpid(writer, &status, 0);
     CHECK(WIFSIGNALED(status));
     const Checkpoint loaded = load_latest(root.path());
+    CHECK(loaded.step >= first);
     CHECK(loaded.warnings.empty());
     check_is_whole(loaded, 20'000);
   }
