@@ -44,6 +44,34 @@ OptionValue widened(const OptionSpec& spec, OptionValue value) {
 
 }  // namespace
 
+OptionSpec OptionSpec::at_least(double low) const {
+  OptionSpec spec = *this;
+  spec.min = low;
+  return spec;
+}
+
+OptionSpec OptionSpec::between(double low, double high) const {
+  OptionSpec spec = at_least(low);
+  spec.max = high;
+  return spec;
+}
+
+OptionSpec OptionSpec::one_of(std::vector<std::string> words) const {
+  OptionSpec spec = *this;
+  spec.choices = std::move(words);
+  return spec;
+}
+
+OptionSpec option(const std::string& name, bool default_value, const std::string& doc) { return {name, default_value, doc}; }
+OptionSpec option(const std::string& name, int default_value, const std::string& doc) { return {name, int64_t{default_value}, doc}; }
+OptionSpec option(const std::string& name, double default_value, const std::string& doc) { return {name, default_value, doc}; }
+OptionSpec option(const std::string& name, const char* default_value, const std::string& doc) {
+  return {name, std::string(default_value), doc};
+}
+OptionSpec option(const std::string& name, std::vector<int64_t> default_value, const std::string& doc) {
+  return {name, std::move(default_value), doc};
+}
+
 std::string type_name(const OptionValue& value) {
   static const char* const names[] = {"bool", "integer", "real", "string", "list of integers"};
   return names[value.index()];

@@ -21,7 +21,18 @@ struct OptionSpec {
   double min = -std::numeric_limits<double>::infinity();  // numbers only, inclusive
   double max = std::numeric_limits<double>::infinity();
   std::vector<std::string> choices = {};  // strings only; empty means any
+
+  OptionSpec at_least(double low) const;
+  OptionSpec between(double low, double high) const;
+  OptionSpec one_of(std::vector<std::string> words) const;
 };
+
+// option("k", 2, "experts per row").at_least(1)
+OptionSpec option(const std::string& name, bool default_value, const std::string& doc);
+OptionSpec option(const std::string& name, int default_value, const std::string& doc);
+OptionSpec option(const std::string& name, double default_value, const std::string& doc);
+OptionSpec option(const std::string& name, const char* default_value, const std::string& doc);
+OptionSpec option(const std::string& name, std::vector<int64_t> default_value, const std::string& doc);
 
 using OptionSpecs = std::vector<OptionSpec>;
 

@@ -223,7 +223,7 @@ struct Causality {
 Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k);
 
 // Options that several routers share, with one wording.
-OptionSpec k_option(int64_t default_value);
-OptionSpec renormalise_option(const std::string& default_value);
+OptionSpec k_option(int default_value);
+OptionSpec renormalise_option(const char* default_value);
 
 }  // namespace moelab

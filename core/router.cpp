@@ -1,0 +1,90 @@
+#include "core/router.h"
+
+#include "core/error.h"
+
+#include <fmt/format.h>
+
+namespace moelab {
+
+Router::Router(RouterSpec spec) : spec_(std::move(spec)) {}
+Router::~Router() = default;
+
+void Router::prepare(const CorpusStatistics&) {}
+std::vector<Event> Router::end_step(const std::map<std::string, Tensor>&, int64_t) { return {}; }
+RouterFacts Router::facts() const { return entry().facts; }
+
+// Parameters and buffers with one row per expert; routers with other layouts say so themselves.
+std::vector<Tensor> Router::per_expert_tensors() const {
+  std::vector<Tensor> rows;
+  for (const auto& list : {parameters(), buffers()})
+    for (const NamedTensor& entry : list)
+      if (entry.tensor.dim() > 0 && entry.tensor.size(0) == spec_.max_experts) rows.push_back(entry.tensor);
+  return rows;
+}
+
+const char* to_string(Mode mode) {
+  switch (mode) {
+    case Mode::kTrain: return "training";
+    case Mode::kEval: return "evaluation";
+    case Mode::kDecode: return "decoding";
+  }
+  return "?";
+}
+
+Renormalise RouterSpec::renormalise() const {
+  if (!options.declared("renormalise")) return Renormalise::kNone;
+  const std::string& word = options.text("renormalise");
+  if (word == "before_drop") return Renormalise::kBeforeDrop;
+  return word == "after_drop" ? Renormalise::kAfterDrop : Renormalise::kNone;
+}
+
+OptionSpecs noise_options() {
+  return {
+      option("kind", "paper", "the router's noise in training: the paper's, none, normal on the logits, jitter on the input")
+          .one_of({"paper", "none", "normal", "jitter"}),
+      option("std", 1.0, "standard deviation of normal noise on the logits").at_least(0),
+      option("epsilon", 0.01, "jitter multiplies the input by a uniform draw from [1-epsilon, 1+epsilon]").at_least(0),
+  };
+}
+
+NoiseSpec noise_spec(const Options& options) {
+  NoiseSpec noise;
+  const std::string& kind = options.text("kind");
+  if (kind == "none") noise.kind = NoiseSpec::Kind::kNone;
+  if (kind == "normal") noise.kind = NoiseSpec::Kind::kNormal;
+  if (kind == "jitter") noise.kind = NoiseSpec::Kind::kJitter;
+  noise.std = options.real("std");
+  noise.epsilon = options.real("epsilon");
+  noise.std_given = options.was_set("std");
+  noise.epsilon_given = options.was_set("epsilon");
+  return noise;
+}
+
+std::unique_ptr<Router> make_router(const std::string& name, RouterSpec spec) {
+  const RouterEntry& entry = Registry<RouterEntry>::instance().find(name);
+  std::unique_ptr<Router> router = entry.make(std::move(spec));
+  router->set_entry(&entry);
+  return router;
+}
+
+Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k) {
+  if (facts.looks_ahead) return {false, "it reads later tokens by construction"};
+  const bool independent = mode == Mode::kTrain ? facts.batch_independent : facts.batch_independent_eval;
+  if (!independent) return {false, fmt::format("in {} a row's decision depends on later rows", to_string(mode))};
+  if (policy.mode == CapacityPolicy::Mode::kNone) return {true, "each row decides for itself"};
+  if (policy.priority != CapacityPolicy::Priority::kPosition)
+    return {false, "the capacity serves by priority, so a later row can take an earlier one's place"};
+  if (policy.lets_the_future_in(k))
+    return {false, "all first choices are served before any second one (order = \"k_major\"), so a later row's first choice "
+                   "can evict an earlier row's second"};
+  return {true, "the capacity serves rows in their order"};
+}
+
+OptionSpec k_option(int default_value) { return option("k", default_value, "experts per row").at_least(1); }
+
+OptionSpec renormalise_option(const char* default_value) {
+  return option("renormalise", default_value, "divide a row's gates by their sum: never, over all choices, or over the survivors")
+      .one_of({"none", "before_drop", "after_drop"});
+}
+
+}  // namespace moelab
