@@ -115,6 +115,7 @@ struct RouterFacts {
   bool permutation_equivariant = true;  // permuting experts' parameters permutes the plan
   bool decodes = true;             // token by token equals the full forward
   int64_t passes = 1;              // forward passes per step
+  bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
 };
 
 // Noise as `[moe.noise]` asks for; routers resolve kPaper to their own.
