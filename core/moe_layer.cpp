@@ -1,0 +1,231 @@
+#include "core/moe_layer.h"
+
+#include "core/error.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace moelab {
+namespace {
+
+const std::vector<std::string> kMoeTables{"router", "noise", "expert", "shared", "capacity"};
+
+OptionSpecs moe_options() {
+  return {
+      option("experts", 8, "routed experts").at_least(1),
+      option("max_experts", 0, "room to grow; 0 = experts").at_least(0),
+      option("losses", "paper", "the paper's losses with its coefficients, or none; any [[loss]] silences both").one_of({"paper", "none"}),
+      option("execution", "auto", "how plans are carried out").one_of({"auto", "reference"}),
+  };
+}
+
+OptionSpecs shared_options() {
+  return {
+      option("count", 0, "shared experts that every row uses").at_least(0),
+      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0),
+      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)"),
+  };
+}
+
+// The plugin that a table names, read before its other keys can be checked.
+std::string plugin_name(const Table& table, const char* fallback) {
+  return table.options({option("name", fallback, "which plugin")}, table.keys()).text("name");
+}
+
+OptionSpecs with_name(const OptionSpecs& own) {
+  OptionSpecs all{option("name", "", "which plugin")};
+  all.insert(all.end(), own.begin(), own.end());
+  return all;
+}
+
+template <class Entry>
+const Entry& find_plugin(const Table& table, const std::string& name) {
+  try {
+    return Registry<Entry>::instance().find(name);
+  } catch (const Error& error) {
+    table.fail("name", error.what());
+  }
+}
+
+void read_capacity(const Table& table, const CapacityPolicy& paper, RouterSpec& spec) {
+  const Options train = table.options(capacity_options(), {"eval"});
+  spec.train_capacity = capacity_policy(train, paper);
+  const Table eval = table.child("eval");
+  if (!eval.present()) return;  // evaluation without a table of its own drops nothing
+  Options merged = train;
+  const Options own = eval.options(capacity_options());
+  for (const OptionSpec& key : capacity_options())
+    if (own.was_set(key.name)) merged.set(key, own.all().at(key.name));
+  spec.eval_capacity = capacity_policy(merged, paper);
+}
+
+LossScope scope_of_loss(const std::string& word) {
+  if (word == "micro") return LossScope::kMicro;
+  return word == "sequence" ? LossScope::kSequence : LossScope::kStep;
+}
+
+const PaperLoss* paper_loss(const RouterEntry& router, const std::string& name) {
+  for (const PaperLoss& loss : router.paper_losses)
+    if (loss.name == name) return &loss;
+  return nullptr;
+}
+
+OptionSpecs loss_options(const LossEntry& entry, const RouterEntry& router) {
+  const PaperLoss* paper = paper_loss(router, entry.name);
+  OptionSpecs specs = with_name(entry.options);
+  specs.push_back(option("label", entry.name.c_str(), "name in metrics and results"));
+  specs.push_back(option("coefficient", paper ? paper->coefficient : 0.01, "weight in the training loss"));
+  specs.push_back(option("scope", "step", "rows over which the value is formed").one_of({"micro", "sequence", "step"}));
+  return specs;
+}
+
+LossTerm read_loss(const Table& table, const RouterEntry& router) {
+  const std::string name = plugin_name(table, "");
+  if (name.empty()) table.fail("name", "a [[loss]] needs a name");
+  const LossEntry& entry = find_plugin<LossEntry>(table, name);
+  const std::string refusal = entry.refuses ? entry.refuses(router.facts) : "";
+  if (!refusal.empty()) table.fail("name", fmt::format("loss '{}' cannot be used with router '{}': {}", name, router.name, refusal));
+  const Options options = table.options(loss_options(entry, router));
+  return {entry.make(options, router), options.text("label"), options.real("coefficient"), scope_of_loss(options.text("scope"))};
+}
+
+LossTerm attach_paper_loss(const PaperLoss& paper, const RouterEntry& router) {
+  const LossEntry& entry = Registry<LossEntry>::instance().find(paper.name);
+  Options options(loss_options(entry, router));
+  for (const OptionSpec& key : entry.options) {
+    const auto given = paper.options.find(key.name);
+    if (given != paper.options.end()) options.set(key, given->second);
+  }
+  return {entry.make(options, router), paper.name, paper.coefficient, LossScope::kStep};
+}
+
+std::vector<LossTerm> read_losses(const Table& root, const Options& moe, const RouterEntry& router) {
+  std::vector<LossTerm> terms;
+  for (const Table& table : root.array("loss")) {
+    terms.push_back(read_loss(table, router));
+    const auto same = [&](const LossTerm& other) { return other.label == terms.back().label; };
+    if (std::count_if(terms.begin(), terms.end(), same) > 1)
+      table.fail("name", fmt::format("two losses are labelled '{}'; give one of them another `label`", terms.back().label));
+  }
+  if (!terms.empty() || moe.text("losses") == "none") return terms;
+  for (const PaperLoss& paper : router.paper_losses) terms.push_back(attach_paper_loss(paper, router));
+  return terms;
+}
+
+void refuse_impossible_k(const Table& router, const Options& options, int64_t experts) {
+  if (!options.declared("k") || options.integer("k") <= experts) return;
+  router.fail("k", fmt::format("k = {} is more than experts = {}", options.integer("k"), experts));
+}
+
+RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec spec) {
+  const Table table = moe.child("router");
+  spec.options = table.options(with_name(entry.options));
+  refuse_impossible_k(table, spec.options, spec.experts);
+  if (entry.facts.needs_token_ids && spec.vocabulary == 0)
+    table.fail("name", fmt::format("router '{}' needs token ids, which this model does not have", entry.name));
+  spec.noise = noise_spec(moe.child("noise").options(noise_options()));
+  read_capacity(moe.child("capacity"), entry.paper_capacity, spec);
+  return spec;
+}
+
+// The shared experts are one expert of width count·width: the same function, in one product.
+std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings) {
+  if (settings.shared_count == 0) return nullptr;
+  ExpertSpec spec = settings.expert_spec;
+  spec.experts = 1;
+  spec.init = spec.init.with("shared");
+  const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(settings.expert);
+  const auto width = std::find_if(entry.options.begin(), entry.options.end(), [](const OptionSpec& s) { return s.name == "width"; });
+  check_invariant(width != entry.options.end(), "expert '" + settings.expert + "' cannot be shared: it has no width");
+  int64_t each = settings.shared_width;
+  if (each == 0) each = spec.options.integer("width");
+  if (each == 0) each = 4 * spec.width;  // the experts' own default
+  spec.options.set(*width, settings.shared_count * each);
+  return make_experts(settings.expert, spec);
+}
+
+}  // namespace
+
+LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_t vocabulary, at::ScalarType dtype,
+                         RandomKey init) {
+  const Table moe = root.child("moe");
+  const Options options = moe.options(moe_options(), kMoeTables);
+  LayerSettings settings;
+  RouterSpec& router = settings.router_spec;
+  router.width = width;
+  router.experts = options.integer("experts");
+  router.max_experts = options.integer("max_experts") == 0 ? router.experts : options.integer("max_experts");
+  if (router.max_experts < router.experts)
+    moe.fail("max_experts", fmt::format("max_experts = {} is less than experts = {}", router.max_experts, router.experts));
+  router.layer = layer;
+  router.vocabulary = vocabulary;
+  router.dtype = dtype;
+  router.init = init.with("router");
+  settings.router = plugin_name(moe.child("router"), "softmax_topk");
+  const auto& entry = find_plugin<RouterEntry>(moe.child("router"), settings.router);
+  router = read_router(moe, entry, router);
+
+  settings.expert = plugin_name(moe.child("expert"), "ffn");
+  const auto& expert = find_plugin<ExpertEntry>(moe.child("expert"), settings.expert);
+  settings.expert_spec = {width, router.max_experts, dtype, init.with("experts"), 1, moe.child("expert").options(with_name(expert.options))};
+  const Options shared = moe.child("shared").options(shared_options());
+  settings.shared_count = shared.integer("count");
+  settings.shared_width = shared.integer("width");
+  settings.shared_gate = shared.flag("gate");
+  settings.execution = options.text("execution") == "auto" ? Execution::kAuto : Execution::kReference;
+  settings.losses = read_losses(root, options, entry);
+  return settings;
+}
+
+MoELayer::MoELayer(std::string path, LayerSettings settings) : settings_(std::move(settings)) {
+  site_.path = std::move(path);
+  site_.layer = settings_.router_spec.layer;
+  site_.router = make_router(settings_.router, settings_.router_spec);
+  site_.bank = make_experts(settings_.expert, settings_.expert_spec);
+  site_.losses = settings_.losses;
+  shared_ = shared_bank(settings_);
+  add_child("router", site_.router);
+  add_child("experts", site_.bank);
+  if (!shared_) return;
+  add_child("shared", shared_);
+  if (settings_.shared_gate) {
+    const RouterSpec& spec = settings_.router_spec;
+    shared_gate_weight_1D_ = add_parameter("shared.gate_weight", normal_tensor(spec.init.with("shared_gate"), {1, spec.width}, 0.02, spec.dtype));
+  }
+}
+
+RouteOutput MoELayer::decide(const RouteInput& in, RouteState& state) const {
+  RouteOutput out = site_.router->route(in, state);
+  if (in.step == 0) validate(out.plan, in.rows(), settings_.router_spec.max_experts);
+  return out;
+}
+
+Tensor MoELayer::shared_output(const Tensor& x_TD) const {
+  if (!shared_) return {};
+  const Tensor y_TD = shared_->forward_with(shared_->parameters_of(0), x_TD);
+  if (!settings_.shared_gate) return y_TD;
+  return y_TD.mul(x_TD.matmul(shared_gate_weight_1D_.t()).sigmoid());
+}
+
+LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
+  LayerOutput out;
+  out.routed = decide(in, state);
+  out.y_TD = execute(out.routed.plan, *site_.bank, {in.x_TD, in.sequence_T, in.cu_seqlens_B1, {}, cache, in.training()},
+                     settings_.execution);
+  const Tensor shared_TD = shared_output(in.x_TD);
+  if (shared_TD.defined()) out.y_TD = out.y_TD.add(shared_TD);
+  out.statistics = term_statistics(site_, in, out.routed);
+  out.record = record_of(in, out.routed, settings_.router_spec.max_experts);
+  return out;
+}
+
+std::vector<TermStatistics> term_statistics(const Site& site, const RouteInput& in, const RouteOutput& out) {
+  const LossInput input{in, out, *site.router, site.router->spec().max_experts};
+  std::vector<TermStatistics> all;
+  for (size_t i = 0; i < site.losses.size(); ++i)
+    all.push_back({i, collect_statistics(*site.losses[i].loss, site.losses[i].scope, input)});
+  return all;
+}
+
+}  // namespace moelab
