@@ -149,7 +149,7 @@ Tensor combine_rows(const Tensor& rows_ND, const SparsePlan& plan) {
   check_invariant(rows_ND.size(0) == plan.token_N.numel(), "combine_rows: one row per pair expected");
   const Tensor gate_N = plan.gate_N.to(at::toOpMathType(rows_ND.scalar_type()));
   if (!rows_ND.is_cpu()) {
-    const Tensor weighted_ND = (rows_ND * gate_N.unsqueeze(1)).to(rows_ND.scalar_type());
+    const Tensor weighted_ND = rows_ND.mul(gate_N.unsqueeze(1)).to(rows_ND.scalar_type());
     return at::zeros({plan.rows, rows_ND.size(1)}, rows_ND.options()).index_add(0, plan.token_N, weighted_ND);
   }
   return CombineRows::apply(rows_ND.contiguous(), gate_N.contiguous(), plan.token_N.contiguous(), plan.slot_TK.contiguous());

@@ -11,8 +11,8 @@ enum class Execution { kAuto, kReference };
 
 struct ExecuteInput {
   Tensor x_TD;
-  Tensor sequence_T;
-  Tensor cu_seqlens_B1;
+  Tensor sequence_T = {};
+  Tensor cu_seqlens_B1 = {};
   DecodeCache* cache = nullptr;
   bool training = true;
 };

@@ -27,7 +27,7 @@ struct SlotMatrices {
 Tensor indices_of(const Tensor& mask) { return mask.nonzero().squeeze(1); }
 
 std::vector<Tensor> parameters_of_group(const SlotMatrices& slots, const ExpertBank& bank, int64_t group) {
-  return slots.mixture_GE.defined() ? bank.merge(slots.mixture_GE[group]) : bank.parameters_of(group);
+  return slots.mixture_GE.defined() ? bank.merge(slots.mixture_GE.select(0, group)) : bank.parameters_of(group);
 }
 
 // F, group by group, with explicit parameters.
@@ -62,7 +62,7 @@ Tensor evaluate(const SlotMatrices& slots, const ExpertBank& bank, const Tensor&
 Tensor reference_sparse(const SparsePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
   const Tensor row_T1 = at::arange(plan.rows, plan.token_N.options()).unsqueeze(1);
   const Tensor read_TJ = row_T1.eq(plan.token_N.unsqueeze(0)).to(plan.gate_N.scalar_type());
-  return evaluate({.read_TJ = read_TJ, .group_J = plan.expert_N, .mixture_GE = {}, .write_TJ = read_TJ * plan.gate_N}, bank,
+  return evaluate({.read_TJ = read_TJ, .group_J = plan.expert_N, .mixture_GE = {}, .write_TJ = read_TJ.mul(plan.gate_N)}, bank,
                   input.x_TD, &plan, input);
 }
 
@@ -79,7 +79,7 @@ Tensor soft_sequence(const SoftPlan& plan, const SoftMatrices& matrices, const E
 }
 
 Tensor reference_soft(const SoftPlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
-  if (input.x_TD.size(0) == 0) return input.x_TD * 0;
+  if (input.x_TD.size(0) == 0) return input.x_TD.mul(0);
   std::vector<Tensor> outputs, rows;
   for (int64_t b = 0; b < plan.sequences; ++b) {
     const SoftMatrices matrices = soft_matrices(plan, b);
@@ -100,8 +100,8 @@ Tensor soft_noise(const SoftPlan& plan, const Tensor& row_M, const Tensor& like_
 Tensor soft_logits(const SoftPlan& plan, const Tensor& row_M) {
   const at::ScalarType dtype = plan.query_TD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor query_MD = plan.query_TD.index_select(0, row_M).to(dtype);
-  const Tensor logits_MS = query_MD.matmul(plan.key_SD.to(dtype).t()) * plan.scale.to(dtype);
-  return plan.noise_std > 0 ? logits_MS + plan.noise_std * soft_noise(plan, row_M, logits_MS) : logits_MS;
+  const Tensor logits_MS = query_MD.matmul(plan.key_SD.to(dtype).t()).mul(plan.scale.to(dtype));
+  return plan.noise_std > 0 ? logits_MS.add(soft_noise(plan, row_M, logits_MS), plan.noise_std) : logits_MS;
 }
 
 // Weights along `axis`: over the rows for dispatch (0), over the slots for combine (1).

@@ -24,11 +24,11 @@ struct DecodeCache {
 // What an expert may know of the rows it gets.
 struct ExpertContext {
   Tensor rows_ND;            // grouped by expert
-  Tensor offsets_E1;         // int64 on the CPU
+  Tensor offsets_E1 = {};  // int64 on the CPU
   const SparsePlan* plan = nullptr;  // row n belongs to the plan's pair n; null where rows are slots of a soft plan
-  Tensor input_TD;           // the layer's input, all rows
-  Tensor sequence_T;         // of the layer's input
-  Tensor cu_seqlens_B1;      // undefined where sequences are interleaved
+  Tensor input_TD = {};  // the layer's input, all rows
+  Tensor sequence_T = {};  // of the layer's input
+  Tensor cu_seqlens_B1 = {};  // undefined where sequences are interleaved
   DecodeCache* cache = nullptr;
   bool training = true;
 };

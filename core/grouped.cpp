@@ -97,7 +97,7 @@ Tensor grouped_autocast(const Tensor& tensor) {
 
 Tensor grouped_linear(const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& bias_EO, const Tensor& offsets_E1) {
   check_invariant(offsets_E1.numel() == weight_EOD.size(0) + 1, "grouped_linear: one offset per expert and one more expected");
-  check_invariant(offsets_E1[-1].item<int64_t>() == x_ND.size(0), "grouped_linear: the offsets do not end at the last row");
+  check_invariant(offsets_E1.const_data_ptr<int64_t>()[weight_EOD.size(0)] == x_ND.size(0), "grouped_linear: the offsets do not end at the last row");
   const Tensor bias = bias_EO.defined() ? grouped_autocast(bias_EO) : Tensor();
   return GroupedLinear::apply(grouped_autocast(x_ND).contiguous(), grouped_autocast(weight_EOD), bias, offsets_E1);
 }

@@ -104,7 +104,7 @@ class FfnBank : public ExpertBank {
   template <class Linear>
   Tensor chain(const Tensor& rows_ND, Linear linear) const {
     const Tensor hidden_NF = ffn_activated(activation_, linear(0, rows_ND));
-    return gated() ? linear(2, hidden_NF * linear(1, rows_ND)) : linear(1, hidden_NF);
+    return gated() ? linear(2, hidden_NF.mul(linear(1, rows_ND))) : linear(1, hidden_NF);
   }
 
   void add_map(const std::string& name, const ExpertSpec& spec, int64_t out, int64_t in, double scale) {
