@@ -1,0 +1,78 @@
+// The data set interface: sequences of tokens with next-token targets. What a training sequence holds is a pure function of
+// (seed, step, index), so resume replays nothing, and micro-batches and ranks take slices of one step's batch.
+#pragma once
+
+#include "core/params.h"
+#include "core/registry.h"
+#include "core/tensor.h"
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <source_location>
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+// B sequences of L tokens each, all int64 on the CPU.
+struct TokenBatch {
+  Tensor tokens_BL;
+  Tensor targets_BL;  // the token to predict at each place; -1 = none (padding)
+  Tensor sequence_B;  // unique within a training step, or within the validation split: keys the random draws
+  Tensor domain_B;    // label of each sequence; undefined where the data set has no labels
+};
+
+class Dataset {
+ public:
+  virtual ~Dataset();
+
+  virtual int64_t vocabulary() const = 0;
+  virtual int64_t domains() const { return 0; }  // number of labels in domain_B
+
+  // Sequences [first, first + count) of the `batch` sequences of that step.
+  virtual TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const = 0;
+
+  // Sequences [first, first + count) of the validation split, in order. Together they predict each token of it once.
+  virtual int64_t eval_sequences() const = 0;
+  virtual TokenBatch eval_batch(int64_t first, int64_t count) const = 0;
+
+  virtual double bytes_per_token() const { return 1; }  // turns bits per token into bits per byte
+
+  // int64 [V]: how often each token occurs in the training split. A generator gives what it expects of 2^20 tokens.
+  virtual Tensor token_counts_V() const = 0;
+
+  // Bits per token of a predictor that knows the source; NaN where nobody knows.
+  virtual double known_entropy_bits() const;
+
+  // The raw splits, for baselines; both empty where the tokens are not bytes of a text.
+  virtual const std::vector<uint8_t>& train_bytes() const;
+  virtual const std::vector<uint8_t>& validation_bytes() const;
+};
+
+// What a factory gets; the options are checked already.
+struct DatasetSpec {
+  int64_t context = 0;  // L: tokens of a sequence
+  Options options;
+};
+
+struct DatasetEntry {
+  std::string name;      // = the file's stem
+  std::string title;
+  std::string citation;  // where the data come from
+  std::string doc;       // how it is split and what a token is
+  OptionSpecs options = {};
+  std::function<std::shared_ptr<const Dataset>(const DatasetSpec&)> make;
+  // Fetches what `make` needs, and checks that it is there undamaged. Both answer with one line for a person and throw
+  // Error(kData) on failure. Empty where nothing has to be fetched.
+  std::function<std::string()> prepare = {};
+  std::function<std::string()> verify = {};
+  std::source_location where = std::source_location::current();
+};
+
+extern template class Registry<DatasetEntry>;
+
+// Finds the data set and makes it. A context below 1 is Error(kUsage).
+std::shared_ptr<const Dataset> make_dataset(const std::string& name, const DatasetSpec& spec);
+
+}  // namespace moelab
