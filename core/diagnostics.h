@@ -13,7 +13,8 @@ namespace moelab {
 
 // Additive counters of one site (spec ids in brackets refer to the balance metrics B1–B21 of the diagnostics literature).
 struct RoutingRecord {
-  std::vector<int64_t> chosen_E;    // pairs per expert before the capacity
+  int64_t experts = 0;              // not summed: equal in all records of a site
+  std::vector<int64_t> chosen_E;    // pairs per expert before the capacity, without refused ones; empty: no sparse plan
   std::vector<int64_t> accepted_E;  // after it
   int64_t rows = 0;
   int64_t left_behind = 0;          // rows without any accepted expert

@@ -74,16 +74,27 @@ struct LossTerm {
   LossScope scope = LossScope::kStep;
 };
 
-// Sums per scope: one entry for kMicro and kStep, one per sequence for kSequence.
+// Sums per scope: one entry for kMicro and kStep, one per sequence that has rows for kSequence (without any row: one entry of
+// zero rows, so that the value is 0 and still on the graph).
 std::vector<LossStatistics> collect_statistics(const Loss& loss, LossScope scope, const LossInput& input);
 
 // Local value of a term in one micro-batch: value(S), or the mean over sequences weighted by rows.
 Tensor local_value(const LossTerm& term, const std::vector<LossStatistics>& statistics, const Router& router);
 
-// ∂value/∂S at the step's total S, without gradient: what a micro-batch multiplies its own S with.
+// ∂value/∂S at the step's total S, without gradient: what a micro-batch multiplies its own S with. No other tensor's .grad
+// moves, whatever value() reads of the router.
 std::vector<Tensor> statistics_gradient(const Loss& loss, const LossStatistics& total, const Router& router);
 
 // ⟨gradient, S⟩, on the graph of S.
 Tensor inner_product(const std::vector<Tensor>& gradient, const LossStatistics& statistics);
+
+// P(expert e is among the k chosen if its own additive noise were drawn again), [T,E], on the graph of clean logits, noise
+// scale and threshold. The threshold is the k-th largest noisy logit of the row, e itself left out (Shazeer) or counted too
+// (V-MoE). Needs clean_TE, noisy_TE, noise_std_TE and 0 < k < E.
+Tensor load_probability(const Scores& scores, int64_t k, bool include_self);
+
+// The rows that loss `load` and `probe.load` sum: load_probability in training where noise was added and k < E, else the
+// choices themselves, without gradient.
+Tensor load_rows(const RouteInput& in, const RouteOutput& out, int64_t experts, bool include_self);
 
 }  // namespace moelab

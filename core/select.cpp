@@ -3,6 +3,7 @@
 #include "core/error.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
@@ -11,6 +12,8 @@
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <fmt/format.h>
+
+#include <limits>
 
 namespace moelab {
 namespace {
@@ -87,6 +90,10 @@ Tensor stable_topk(const Tensor& score_TE, int64_t k) {
   return best_TK;
 }
 
+Tensor chosen_topk(const RouteInput& in, const Tensor& score_TE, int64_t k) {
+  return in.forced ? in.forced->choice_TK : stable_topk(score_TE, k);
+}
+
 Tensor raw_normal(const RouteInput& in, int64_t columns) { return raw_draw(in, columns, normal_rows); }
 Tensor raw_uniform(const RouteInput& in, int64_t columns) { return raw_draw(in, columns, uniform_rows); }
 Tensor raw_gumbel(const RouteInput& in, int64_t columns) { return raw_draw(in, columns, gumbel_rows); }
@@ -113,6 +120,11 @@ Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK) {
   return gathered_TK.masked_fill(choice_TK.lt(0), 0);
 }
 
+Tensor softmax_of_choices(const Tensor& logits_TE, const Tensor& choice_TK) {
+  constexpr double kNever = -std::numeric_limits<double>::infinity();
+  return logits_TE.gather(1, choice_TK.clamp_min(0)).masked_fill(choice_TK.lt(0), kNever).softmax(1);
+}
+
 Tensor renormalised(const Tensor& gate_TK, const Tensor& counted_TK) {
   const Tensor sum_T1 = gate_TK.masked_fill(counted_TK.logical_not(), 0).sum(1, /*keepdim=*/true);
   return gate_TK.div(sum_T1.add(1e-9));
@@ -132,6 +144,12 @@ RouteOutput finish_sparse(const RouteInput& in, const RouterSpec& spec, Chosen c
   if (scores.loss_TE.defined()) out.probes["probs"] = scores.loss_TE;
   out.scores = std::move(scores);
   return out;
+}
+
+RouteOutput finish_unscored(const RouteInput& in, const RouterSpec& spec, const Tensor& choice_TK) {
+  const at::ScalarType dtype = at_least_float(in.routed()).scalar_type();
+  const Tensor gate_TK = at::full(choice_TK.sizes(), 1.0 / static_cast<double>(choice_TK.size(1)), dtype);
+  return finish_sparse(in, spec, {choice_TK, gate_TK, gate_TK, {}}, {});
 }
 
 }  // namespace moelab

@@ -14,6 +14,10 @@ Tensor router_logits(const Tensor& x_TD, const Tensor& weight_ED);
 // The k largest of each row, largest first; ties go to the lowest column. int64 [T,k], not differentiable.
 Tensor stable_topk(const Tensor& score_TE, int64_t k);
 
+// The choice to take the gates at: the forced one where there is one, else the top-k of score_TE. A router that computes its
+// gates from this replays a selection with the scores of now.
+Tensor chosen_topk(const RouteInput& in, const Tensor& score_TE, int64_t k);
+
 // What `[moe.noise]` does to a linear router's scores. `noisy` equals `clean` where nothing was drawn.
 struct NoisyLogits {
   Tensor clean_TE;
@@ -32,6 +36,9 @@ NoisyLogits noisy_logits(const RouteInput& in, const Tensor& weight_ED, const No
 // Gathers score_TE at choice_TK; 0 where the choice is -1.
 Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK);
 
+// Softmax of each row over its own choices alone; 0 where the choice is -1.
+Tensor softmax_of_choices(const Tensor& logits_TE, const Tensor& choice_TK);
+
 // Divides by the sum over the row's kept entries, guard 1e-9. `counted_TK` (bool) says which entries enter the sum.
 Tensor renormalised(const Tensor& gate_TK, const Tensor& counted_TK);
 
@@ -44,5 +51,8 @@ struct Chosen {
   Tensor allowed_TK;      // bool or undefined
 };
 RouteOutput finish_sparse(const RouteInput& in, const RouterSpec& spec, Chosen chosen, Scores scores);
+
+// The same for routers without scores: each of the K choices has the gate 1/K.
+RouteOutput finish_unscored(const RouteInput& in, const RouterSpec& spec, const Tensor& choice_TK);
 
 }  // namespace moelab

@@ -1,0 +1,158 @@
+#include "core/diagnostics.h"
+
+#include "core/error.h"
+#include "core/losses/parts.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/bincount.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace moelab {
+namespace {
+
+constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+
+std::vector<int64_t> pairs_per_expert(const Tensor& choice_TK, const Tensor& counted_TK, int64_t experts) {
+  const Tensor counts_E = at::bincount(choice_TK.masked_select(counted_TK), {}, experts).cpu();
+  return {counts_E.const_data_ptr<int64_t>(), counts_E.const_data_ptr<int64_t>() + counts_E.numel()};
+}
+
+void record_assignment(RoutingRecord& record, const Assignment& assignment) {
+  const Tensor competed_TK = assignment.kept_TK.logical_or(assignment.dropped_TK);
+  record.chosen_E = pairs_per_expert(assignment.choice_TK, competed_TK, record.experts);
+  record.accepted_E = pairs_per_expert(assignment.choice_TK, assignment.kept_TK, record.experts);
+  record.left_behind = record.rows - assignment.kept_TK.any(1).sum().item<int64_t>();
+  record.dropped = assignment.dropped_TK.sum().item<int64_t>();
+}
+
+void add_counts(std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+  if (to.empty()) to.resize(from.size());
+  check_invariant(from.empty() || to.size() == from.size(), "records of different numbers of experts are added");
+  for (size_t e = 0; e < from.size(); ++e) to[e] += from[e];
+}
+
+// Every integer of a record, so that one collective carries them.
+std::vector<int64_t*> integers_of(RoutingRecord& record) {
+  std::vector<int64_t*> all;
+  for (int64_t& count : record.chosen_E) all.push_back(&count);
+  for (int64_t& count : record.accepted_E) all.push_back(&count);
+  for (int64_t* count : {&record.rows, &record.left_behind, &record.dropped, &record.places, &record.entropy_rows})
+    all.push_back(count);
+  return all;
+}
+
+double ratio(double part, double whole) { return whole > 0 ? part / whole : kUnknown; }
+
+// In nats, over ln E: 1 where all experts are alike, and for E = 1.
+double normalised(double entropy, int64_t experts) {
+  return experts == 1 ? 1 : entropy / std::log(static_cast<double>(experts));
+}
+
+double pairs_in(const std::vector<int64_t>& counts_E) { return std::accumulate(counts_E.begin(), counts_E.end(), int64_t{0}); }
+
+double load_entropy_nats(const std::vector<int64_t>& counts_E, double total) {
+  double entropy = 0;
+  for (const int64_t count : counts_E)
+    if (count > 0) entropy -= count / total * std::log(count / total);
+  return entropy;
+}
+
+double load_cv2(const std::vector<int64_t>& counts_E, double mean) {
+  double sum = 0;
+  for (const int64_t count : counts_E) sum += (count / mean - 1) * (count / mean - 1);
+  return sum / counts_E.size();
+}
+
+void add_load_metrics(std::map<std::string, double>& metrics, const std::vector<int64_t>& counts_E) {
+  const double total = pairs_in(counts_E);
+  if (total == 0) return;
+  const double mean = total / counts_E.size();
+  const auto [least, most] = std::minmax_element(counts_E.begin(), counts_E.end());
+  const double entropy = load_entropy_nats(counts_E, total);
+  metrics["load_cv2"] = load_cv2(counts_E, mean);
+  metrics["max_over_mean"] = *most / mean;
+  metrics["max_violation"] = *most / mean - 1;
+  metrics["min_over_mean"] = *least / mean;
+  metrics["load_entropy"] = normalised(entropy, counts_E.size());
+  metrics["effective_experts"] = std::exp(entropy);
+}
+
+void add_sparse_metrics(std::map<std::string, double>& metrics, const RoutingRecord& record) {
+  if (record.rows == 0) return;
+  const auto& chosen_E = record.chosen_E;
+  add_load_metrics(metrics, chosen_E);
+  metrics["dead"] = std::count(chosen_E.begin(), chosen_E.end(), 0);
+  metrics["dropped"] = ratio(record.dropped, pairs_in(chosen_E));
+  metrics["left_behind"] = ratio(record.left_behind, record.rows);
+  metrics["capacity_used"] = ratio(pairs_in(record.accepted_E), record.places);
+}
+
+}  // namespace
+
+void RoutingRecord::add(const RoutingRecord& other) {
+  experts = std::max(experts, other.experts);
+  add_counts(chosen_E, other.chosen_E);
+  add_counts(accepted_E, other.accepted_E);
+  rows += other.rows;
+  left_behind += other.left_behind;
+  dropped += other.dropped;
+  places += other.places;
+  entropy_sum += other.entropy_sum;
+  entropy_rows += other.entropy_rows;
+}
+
+void RoutingRecord::all_reduce(Comm& comm) {
+  const std::vector<int64_t*> fields = integers_of(*this);
+  std::vector<int64_t> packed;
+  for (const int64_t* field : fields) packed.push_back(*field);
+  comm.all_reduce(at::from_blob(packed.data(), {static_cast<int64_t>(packed.size())}, at::kLong));
+  for (size_t i = 0; i < fields.size(); ++i) *fields[i] = packed[i];
+  comm.all_reduce(at::from_blob(&entropy_sum, {1}, at::kDouble));
+}
+
+RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts) {
+  const at::NoGradGuard no_grad;
+  RoutingRecord record;
+  record.experts = experts;
+  record.rows = in.rows();
+  record.places = out.places;
+  if (out.assignment.defined()) record_assignment(record, out.assignment);
+  if (!out.scores.loss_TE.defined()) return record;
+  record.entropy_sum = entropy_of_rows(out.scores.loss_TE.to(at::kDouble)).sum().item<double>();
+  record.entropy_rows = out.scores.loss_TE.size(0);
+  return record;
+}
+
+std::map<std::string, double> metrics_of(const RoutingRecord& record) {
+  std::map<std::string, double> metrics;
+  for (const MetricDoc& doc : metric_docs()) metrics[doc.name] = kUnknown;
+  if (!record.chosen_E.empty()) add_sparse_metrics(metrics, record);
+  if (record.entropy_rows > 0)
+    metrics["router_entropy"] = normalised(record.entropy_sum / record.entropy_rows, record.experts);
+  return metrics;
+}
+
+// c_e pairs that chose e before the capacity, a_e accepted ones, C_e places, f_e = c_e / Σc, T rows.
+const std::vector<MetricDoc>& metric_docs() {
+  static const std::vector<MetricDoc> docs = {
+      {"load_cv2", "Var(c)/mean(c)²", "0 … E/k-1", "imbalance; uniform random routing gives (E-k)/(kT), never 0 [B1]"},
+      {"max_violation", "(max c - mean c)/mean c", "0 … E/k-1", "excess of the fullest expert; random routing: about √(2 ln E · CV²) [B5]"},
+      {"max_over_mean", "max c/mean c", "1 … E/k", "how much longer the fullest expert works than an even share [B6]"},
+      {"min_over_mean", "min c/mean c", "0 … 1", "near 0: an expert starves [B7]"},
+      {"load_entropy", "-Σ f ln f/ln E", "ln k/ln E … 1", "evenness of the load; 1 for E = 1 [B9]"},
+      {"effective_experts", "exp(-Σ f ln f)", "k … E", "how many evenly loaded experts would be as uneven [B10]"},
+      {"dead", "#{e: c_e = 0}", "0 … E-k", "experts that no row chose in this window [B11]"},
+      {"dropped", "(Σc - Σa)/Σc", "0 … 1", "share of pairs that did not fit [B14]"},
+      {"left_behind", "#{t without accepted expert}/T", "0 … 1", "share of rows that the layer passes by [B15]"},
+      {"capacity_used", "Σa/ΣC", "0 … 1", "share of places filled; not a number without a capacity [B16]"},
+      {"router_entropy", "mean_t H(p_t)/ln E", "0 … 1", "1: undecided, 0: certain; without noise; 1 for E = 1 [R3]"},
+  };
+  return docs;
+}
+
+}  // namespace moelab
