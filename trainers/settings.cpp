@@ -74,6 +74,7 @@ OptionSpecs eval_options() {
   return {
       option("every", 0, "steps between evaluations; 0 = only at the end").at_least(0),
       option("sequences", 0, "validation sequences of an evaluation during training; 0 = all").at_least(0),
+      option("baseline", "none", "models to report beside ours: none, or interpolated n-grams of bytes").one_of({"none", "ngram"}),
   };
 }
 
@@ -105,6 +106,7 @@ TrainSettings read_train_settings(const Table& root) {
   s.allow_noncausal_training = train.flag("allow_noncausal_training");
   s.eval_every = eval.integer("every");
   s.eval_sequences = eval.integer("sequences");
+  s.ngram_baselines = eval.text("baseline") == "ngram";
   s.checkpoint_every = checkpoint.integer("every");
   s.keep_last = checkpoint.integer("keep_last");
   s.optimizer = read_optimizer(root.child("optimizer"));

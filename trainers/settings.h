@@ -32,6 +32,7 @@ struct TrainSettings {
   int64_t log_every = 10;
   int64_t eval_every = 0;       // 0 = only at the end
   int64_t eval_sequences = 0;   // during training; 0 = the whole split. The final evaluation always reads all of it
+  bool ngram_baselines = false; // fit n-gram models on the training bytes and report them beside the model
   int64_t checkpoint_every = 0; // 0 = only at the end
   int64_t keep_last = 2;
   int64_t threads = 0;          // 0 = the library's choice

@@ -3,13 +3,13 @@
 #include "core/io/jsonl.h"
 #include "io_support.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
 #include <catch2/catch_test_macros.hpp>
 #include <signal.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <limits>
 #include <random>
 #include <string>
@@ -23,8 +23,9 @@ namespace {
 // Everything in it tells the step, so that a mixture of two checkpoints would show.
 CheckpointContent content_at(int64_t step, int64_t elements = 40) {
   CheckpointContent content;
-  content.groups["model"] = {{"layers.0.w", at::full({elements}, static_cast<double>(step), at::kFloat)}, {"n", at::full({}, step, at::kLong)}};
-  content.groups["optimizer"] = {{"layers.0.w.m", at::full({elements}, static_cast<double>(step), at::kDouble)}};
+  const auto value = static_cast<double>(step);
+  content.groups["model"] = {{"layers.0.w", at::full({elements}, value, at::kFloat)}, {"n", at::full({}, step, at::kLong)}};
+  content.groups["optimizer"] = {{"layers.0.w.m", at::full({elements}, value, at::kDouble)}};
   content.state = {{"step", step}, {"seed", 18446744073709551615ULL}, {"loss", 0.1}};
   return content;
 }
@@ -129,7 +130,7 @@ TEST_CASE("the newest valid checkpoint is loaded, with one warning for each one 
   CHECK(loaded.step == 9);
   check_is_whole(loaded);
   REQUIRE(loaded.warnings.size() == 2);
-  CHECK(contains(loaded.warnings[0], "checkpoint of step 11 skipped: '" + (root / "step-11/model.safetensors") + "': damaged"));
+  CHECK(loaded.warnings[0].starts_with("checkpoint of step 11 skipped: '" + (root / "step-11/model.safetensors") + "': "));
   CHECK(contains(loaded.warnings[1], "checkpoint of step 10 skipped: "));
 }
 
@@ -208,7 +209,8 @@ TEST_CASE("a write that the disk cuts off names the path and leaves the earlier 
 TEST_CASE("a root that cannot be a folder is a data error with its path") {
   const TempFolder root;
   put_bytes(root / "plain", "");
-  CHECK(contains(error_of([&] { write_checkpoint(root / "plain/ckpt", 1, content_at(1), 1); }), "5: cannot create '" + (root / "plain/ckpt")));
+  const std::string error = error_of([&] { write_checkpoint(root / "plain/ckpt", 1, content_at(1), 1); });
+  CHECK(contains(error, "5: cannot create '" + (root / "plain/ckpt")));
 }
 
 TEST_CASE("a writer killed at any moment leaves a whole checkpoint to load") {
@@ -218,11 +220,16 @@ TEST_CASE("a writer killed at any moment leaves a whole checkpoint to load") {
     const int64_t first = load_latest(root.path()).step + 1;
     const pid_t writer = fork();
     if (writer == 0) {
-      for (int64_t step = first;; ++step) write_checkpoint(root.path(), step, content_at(step, 20'000), 1);
+      error_of([&] {
+        for (int64_t step = first;; ++step) write_checkpoint(root.path(), step, content_at(step, 20'000), 1);
+      });
+      _exit(1);
     }
     usleep(static_cast<useconds_t>(2'000 + 1'700 * kill_number));
     kill(writer, SIGKILL);
-    waitpid(writer, nullptr, 0);
+    int status = 0;
+    waitpid(writer, &status, 0);
+    CHECK(WIFSIGNALED(status));
     const Checkpoint loaded = load_latest(root.path());
     CHECK(loaded.warnings.empty());
     check_is_whole(loaded, 20'000);

@@ -38,7 +38,8 @@ TEST_CASE("an atomic write replaces the old bytes and leaves no temporary file")
 TEST_CASE("a failing file operation says which path and why") {
   const TempFolder folder;
   put_bytes(folder / "plain", "x");
-  CHECK(error_of([&] { read_file(folder / "none"); }) == "5: cannot read '" + (folder / "none") + "': No such file or directory");
+  CHECK(error_of([&] { read_file(folder / "none"); }) ==
+        "5: cannot read '" + (folder / "none") + "': No such file or directory");
   CHECK(error_of([&] { read_file(folder.path()); }) == "5: cannot read '" + folder.path() + "': not a regular file");
   CHECK(error_of([&] { write_file("/dev/full", "x"); }) == "5: cannot write '/dev/full': No space left on device");
   CHECK(error_of([&] { write_file_atomically(folder / "plain/a", "x"); }) ==

@@ -20,7 +20,8 @@ TEST_CASE("records are one line each, appended to what is there, non-finite numb
   const double infinity = std::numeric_limits<double>::infinity();
   JsonlWriter(folder / "m.jsonl").append({{"step", 1}, {"m", {{"a", std::nan("")}, {"b", infinity}}}});
   JsonlWriter(folder / "m.jsonl").append({{"step", 2}, {"m", {-infinity, 0.5}}});
-  CHECK(bytes_of(folder / "m.jsonl") == "{\"m\":{\"a\":\"nan\",\"b\":\"inf\"},\"step\":1}\n{\"m\":[\"-inf\",0.5],\"step\":2}\n");
+  CHECK(bytes_of(folder / "m.jsonl") ==
+        "{\"m\":{\"a\":\"nan\",\"b\":\"inf\"},\"step\":1}\n{\"m\":[\"-inf\",0.5],\"step\":2}\n");
 }
 
 TEST_CASE("every number comes back from its text, the non-finite ones too") {

@@ -5,6 +5,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/tensor.h>
 #include <catch2/catch_test_macros.hpp>
@@ -74,7 +75,7 @@ TEST_CASE("scalars, empty tensors, transposed ones and those on the graph keep t
   const Tensor transposed = at::arange(6, at::kFloat).view({2, 3}).t();
   const Tensor trained = at::arange(2, at::kFloat).set_requires_grad(true);
   write_safetensors(folder / "a", {{"z_empty", at::empty({0, 4})}, {"a_empty", at::empty({2, 0}, at::kBool)},
-                                   {"scalar", at::tensor(2.5)}, {"t", transposed}, {"trained", trained}});
+                                   {"scalar", at::full({}, 2.5F, at::kFloat)}, {"t", transposed}, {"trained", trained}});
   const std::vector<NamedTensor> back = read_safetensors(folder / "a").tensors;
   REQUIRE(back.size() == 5);
   CHECK(back[0].name == "z_empty");
@@ -89,15 +90,17 @@ TEST_CASE("scalars, empty tensors, transposed ones and those on the graph keep t
 
 TEST_CASE("the bytes are laid out as the format says") {
   const TempFolder folder;
-  write_safetensors(folder / "a", {{"b", at::tensor({1, 258}, at::kShort)}, {"a", at::tensor({1.0}, at::kFloat)}}, {{"k", "v"}});
+  const Tensor b = at::tensor({1, 258}, at::kShort);
+  write_safetensors(folder / "a", {{"b", b}, {"a", at::tensor({1.0}, at::kFloat)}}, {{"k", "v"}});
   const std::string bytes = bytes_of(folder / "a");
   const size_t header_bytes = bytes.size() - 8 - 8;  // 8 of length, 4 + 4 of data
   CHECK(bytes.substr(0, 8) == little_endian(header_bytes));
   CHECK(bytes[8] == '{');
   CHECK((8 + header_bytes) % 64 == 0);
   CHECK(bytes.substr(8 + header_bytes) == std::string("\x01\x00\x02\x01\x00\x00\x80\x3F", 8));
-  CHECK(nlohmann::json::parse(bytes.substr(8, header_bytes)) == nlohmann::json::parse(R"({"__metadata__": {"k": "v"},
-    "b": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}})"));
+  const auto expected = nlohmann::json::parse(R"({"__metadata__": {"k": "v"},
+    "b": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}})");
+  CHECK(nlohmann::json::parse(bytes.substr(8, header_bytes)) == expected);
 }
 
 TEST_CASE("no tensor at all makes a file that reads back") {
@@ -109,7 +112,7 @@ TEST_CASE("no tensor at all makes a file that reads back") {
 
 TEST_CASE("the header alone tells names, types, shapes and sizes") {
   const TempFolder folder;
-  write_safetensors(folder / "a", {{"w", at::empty({2, 3}, at::kBFloat16)}, {"n", at::tensor(7, at::kLong)}});
+  write_safetensors(folder / "a", {{"w", at::empty({2, 3}, at::kBFloat16)}, {"n", at::full({}, 7, at::kLong)}});
   const SafetensorsHeader header = read_safetensors_header(folder / "a");
   REQUIRE(header.tensors.size() == 2);
   CHECK(header.tensors[0].dtype == "BF16");
@@ -121,7 +124,8 @@ TEST_CASE("the header alone tells names, types, shapes and sizes") {
 
 TEST_CASE("a file written by another program is read: unpadded header, unaligned data, unsorted entries") {
   const TempFolder folder;
-  const std::string header = R"({"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"shape":[],"dtype":"F32","data_offsets":[1,5]}} )";
+  const std::string header = R"({"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                             R"("a":{"shape":[],"dtype":"F32","data_offsets":[1,5]}} )";
   put_bytes(folder / "a", little_endian(header.size()) + header + std::string("\x07\x00\x00\x80\x3F", 5));
   const std::vector<NamedTensor> back = read_safetensors(folder / "a").tensors;
   CHECK(back[0].tensor.item<int>() == 7);
@@ -172,7 +176,7 @@ TEST_CASE("what does not add up in a file is refused in one line that names the 
       {raw_file("{\"a\":{\"dtype\":\"F32\"," + w + "[0,2]}}", 2), "names 'dtype' twice"},
       {raw_file(R"({"__metadata__":[]})", 0), "the metadata are not an object"},
       {raw_file(R"({"__metadata__":{"k":1}})", 0), "metadata 'k' is not a string"},
-      {little_endian(54) + one("\"BOOL\"", "[1]", "[0,1]") + "\x02", "neither 0 nor 1"},
+      {raw_file(one("\"BOOL\"", "[1]", "[0,1]"), 0) + "\x02", "neither 0 nor 1"},
   };
   for (const Case& hostile : cases) {
     const std::string error = read_error(folder, hostile.bytes);
@@ -185,7 +189,7 @@ TEST_CASE("what does not add up in a file is refused in one line that names the 
 
 TEST_CASE("a file cut at any byte is refused") {
   const TempFolder folder;
-  write_safetensors(folder / "a", {{"w", at::arange(9, at::kFloat)}, {"flag", at::tensor(true)}}, {{"k", "v"}});
+  write_safetensors(folder / "a", {{"w", at::arange(9, at::kFloat)}, {"flag", at::full({}, true, at::kBool)}}, {{"k", "v"}});
   const std::string bytes = bytes_of(folder / "a");
   for (size_t size = 0; size < bytes.size(); ++size) CHECK(contains(read_error(folder, bytes.substr(0, size)), "5: "));
   CHECK(read_error(folder, bytes).empty());
@@ -196,7 +200,7 @@ TEST_CASE("random damage to a header never does worse than an error or another r
   write_safetensors(folder / "a", {{"w", at::arange(9, at::kFloat)}, {"v", at::empty({2, 2}, at::kLong)}}, {{"k", "v"}});
   const std::string bytes = bytes_of(folder / "a");
   std::mt19937 draw(7);
-  for (int i = 0; i < 3000; ++i) {
+  for (int i = 0; i < 1000; ++i) {
     std::string damaged = bytes;
     for (int flips = 0; flips <= i % 3; ++flips) damaged = with_flipped_bit(damaged, draw() % (8 * 192));
     const std::string error = read_error(folder, damaged);
@@ -207,9 +211,11 @@ TEST_CASE("random damage to a header never does worse than an error or another r
 TEST_CASE("what cannot be written is refused with the path and the reason") {
   const TempFolder folder;
   const Tensor w = at::arange(2);
-  CHECK(error_of([&] { write_safetensors("/dev/full", {{"w", w}}); }) == "5: cannot write '/dev/full': No space left on device");
+  CHECK(error_of([&] { write_safetensors("/dev/full", {{"w", w}}); }) ==
+        "5: cannot write '/dev/full': No space left on device");
   CHECK(contains(error_of([&] { write_safetensors(folder / "no/a", {{"w", w}}); }), "No such file or directory"));
   CHECK(contains(error_of([&] { write_safetensors(folder / "a", {{"w", w}, {"w", w}}); }), "name 'w' twice"));
-  CHECK(contains(error_of([&] { write_safetensors(folder / "a", {{"w", w.to(at::kComplexFloat)}}); }), "tensor 'w' has dtype"));
+  const Tensor complex_w = w.to(at::kComplexFloat);
+  CHECK(contains(error_of([&] { write_safetensors(folder / "a", {{"w", complex_w}}); }), "tensor 'w' has dtype"));
   CHECK_FALSE(std::filesystem::exists(folder / "a"));
 }
