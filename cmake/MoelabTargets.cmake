@@ -25,6 +25,17 @@ if(CCACHE_PROGRAM)
       ${CCACHE_PROGRAM})
 endif()
 
+# LibTorch ships newer headers of fmt beside its own. They come first on the path of includes and name symbols that
+# libfmt and libspdlog do not have, so the headers of the fmt that we link go before them.
+function(moelab_prefer_own_fmt)
+  get_target_property(fmt_includes fmt::fmt INTERFACE_INCLUDE_DIRECTORIES)
+  find_path(FMT_INCLUDE_DIR fmt/format.h HINTS ${fmt_includes} REQUIRED)
+  set(first ${PROJECT_BINARY_DIR}/include_first)
+  file(MAKE_DIRECTORY ${first})
+  file(CREATE_LINK ${FMT_INCLUDE_DIR}/fmt ${first}/fmt SYMBOLIC)
+  target_include_directories(moelab_flags SYSTEM BEFORE INTERFACE $<BUILD_INTERFACE:${first}>)
+endfunction()
+
 function(moelab_objects name)
   set(sources ${ARGN})
   if(NOT sources)

@@ -1,5 +1,7 @@
 // Communication between ranks. Backends: `single` (one rank), `threads` (the ranks are threads of one process; started by
-// tests only). Every rank calls the same operations in the same order; tensors are contiguous and of equal dtype on all ranks.
+// tests only). Every rank calls the same operations in the same order, with tensors of equal dtype. What is changed in place
+// is contiguous. Results are new tensors outside the autograd graph. A call that is wrong in itself or does not fit those of
+// the other ranks is a bug of the caller: Error(kBug) on every rank, and the group is unusable from then on.
 #pragma once
 
 #include "core/tensor.h"
@@ -50,10 +52,12 @@ class Comm {
 
 std::shared_ptr<Comm> single_comm();
 
-// Runs `body(comm)` on `ranks` threads and joins them. The first exception of any rank aborts the others and is rethrown.
+// Runs `body(comm)` on `ranks` threads and joins them. The first exception of any rank aborts the others, also in groups made
+// by split, and is rethrown. A thread starts with LibTorch's defaults (gradients on), not with the caller's guards.
 void run_on_threads(int ranks, const std::function<void(std::shared_ptr<Comm>)>& body);
 
-// all_to_all on the autograd graph: its backward sends the gradients back the way the rows came.
+// all_to_all on the autograd graph: its backward sends the gradients back the way the rows came. The backward is a collective
+// too: on every rank `input` must require grad, and the loss must depend on the result even where it has no row.
 Tensor all_to_all_differentiable(const std::shared_ptr<Comm>& comm, const Tensor& input, const std::vector<int64_t>& send,
                                  const std::vector<int64_t>& receive);
 

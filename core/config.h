@@ -13,7 +13,7 @@ namespace moelab {
 // A view of one table of a resolved experiment file, or of an absent one (then every option has its default). Cheap to copy.
 class Table {
  public:
-  struct Node;  // holds the toml++ tree; only config.cpp knows it
+  struct Node;  // core/config_node.h; private to the config_*.cpp files
   Table();
   explicit Table(std::shared_ptr<const Node> node);
 
@@ -27,32 +27,36 @@ class Table {
   // The sub-table `key`; absent gives an empty Table. A value that is no table is an error with its place.
   Table child(const std::string& key) const;
 
-  // The elements of the array of tables `[[key]]`.
+  // The elements of the array of tables `[[key]]`, none when absent.
   std::vector<Table> array(const std::string& key) const;
 
   // Reads every declared option. Keys that are neither declared nor in `subtables` are errors, with the nearest name. So are
   // wrong types, values out of range and unknown choices.
   Options options(const OptionSpecs& specs, const std::vector<std::string>& subtables = {}) const;
 
-  // The place of one key of this table, for complaints that only its reader can make ("k = 9 is more than experts = 8").
+  // The place of one key of this table, for complaints that only its reader can make ("k = 9 is more than experts = 8"). The
+  // place of an absent key is that of the nearest table around it.
   std::string place_of(const std::string& key) const;
   [[noreturn]] void fail(const std::string& key, const std::string& message) const;  // exit 2: "place_of(key): message"
 
   // This table with `over` laid on top: its values replace ours, tables are merged, arrays of tables replaced whole.
   Table overlaid(const Table& over) const;
 
+  friend std::string resolved_text(const Table& root);
+
  private:
   std::shared_ptr<const Node> node_;
 };
 
 // Reads the file, follows `extends` (relative to the file that says it; loops refused), lays `overrides` ("train.steps=10",
-// values as TOML writes them, a bare word is a string) on top. Throws Error(kUsage), or Error(kData) for a missing file.
+// "loss.0.coefficient=0.1"; values as TOML writes them, a bare word is a string) on top. Throws Error(kUsage), or
+// Error(kData) for a missing file.
 Table load_config(const std::string& path, const std::vector<std::string>& overrides = {});
 
 // The same for text already in memory; `name` stands for the file in messages.
 Table parse_config(const std::string& text, const std::string& name, const std::vector<std::string>& overrides = {});
 
-// One "key = value  # file:line" line for each value of the resolved tree, in TOML, sorted.
+// The resolved tree in TOML, sorted, one "key = value  # from file:line" for each value. Reads back to the same values.
 std::string resolved_text(const Table& root);
 
 }  // namespace moelab

@@ -4,7 +4,6 @@
 
 #include "core/expert.h"
 #include "core/plan.h"
-#include "core/router.h"
 
 namespace moelab {
 
@@ -12,29 +11,40 @@ enum class Execution { kAuto, kReference };
 
 struct ExecuteInput {
   Tensor x_TD;
-  Tensor sequence_T;
-  Tensor cu_seqlens_B1;
-  Tensor carried_TD;           // second stage of a two-stage bank
+  Tensor sequence_T = {};
+  Tensor cu_seqlens_B1 = {};
   DecodeCache* cache = nullptr;
   bool training = true;
 };
 
-// y [T, output width of the stage]: Σ over a row's slots of gate · expert(row). Stage 0 of a two-stage bank returns what the
-// module's code between the stages reads.
-Tensor execute(const Plan& plan, const ExpertBank& bank, const ExecuteInput& input, Execution execution = Execution::kAuto,
-               int stage = 0);
+// y [T, output width]: Σ over a row's slots of gate · expert(row). Banks of two stages are refused: their module's code runs
+// between the stages, so the module calls the three steps below itself.
+Tensor execute(const Plan& plan, const ExpertBank& bank, const ExecuteInput& input, Execution execution = Execution::kAuto);
+
+// The steps of a sparse plan. One decision may serve several banks and several places of a module:
+//
+//   q_NW = map_pairs(plan, bank, dispatch_rows(x_TD, plan), input, 0);      query side, one row per pair
+//   a_NW = attention over pairs, the module's own code (plan.token_N says which row of x each pair is)
+//   y_TD = combine_rows(map_pairs(plan, bank, a_NW, input, 1), plan);       output side of the same decision
 
 // Rows in the order of the plan's pairs, x[token_N]; the gradient is a gather-reduce over slot_TK (no atomic adds).
 Tensor dispatch_rows(const Tensor& x_TD, const SparsePlan& plan);
 
-// Σ_k gate · rows[slot_TK], rows that have no slot get 0. Gradients reach the rows and the gates.
+// Every pair's row through its own expert, gates not applied.
+Tensor map_pairs(const SparsePlan& plan, const ExpertBank& bank, const Tensor& rows_ND, const ExecuteInput& input,
+                 int stage = 0);
+
+// Σ_k gate · rows[slot_TK] in the rows' dtype; rows that have no slot get 0. Gradients reach the rows and the gates.
 Tensor combine_rows(const Tensor& rows_ND, const SparsePlan& plan);
+
+// The plain evaluation of any plan form.
+Tensor execute_reference(const Plan& plan, const ExpertBank& bank, const ExecuteInput& input);
 
 // What D and C of a soft plan are, per sequence; the reference and `moelab route` use it.
 struct SoftMatrices {
   Tensor row_M;        // the rows of this sequence
-  Tensor dispatch_MS;  // columns sum to 1
-  Tensor combine_MS;   // rows sum to 1
+  Tensor dispatch_MS;  // columns sum to 1 (identity: row m feeds slot m, later rows and slots are empty)
+  Tensor combine_MS;   // rows sum to 1 (identity: row m reads slot m)
 };
 SoftMatrices soft_matrices(const SoftPlan& plan, int64_t sequence);
 

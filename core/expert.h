@@ -23,14 +23,12 @@ struct DecodeCache {
 
 // What an expert may know of the rows it gets.
 struct ExpertContext {
-  Tensor rows_ND;        // grouped by expert
-  Tensor offsets_E1;     // int64 on the CPU
-  Tensor token_N;        // which row of the layer's input each one is
-  const SparsePlan* plan = nullptr;  // undefined while merging
-  Tensor input_TD;       // the layer's input, all rows
-  Tensor sequence_T;     // of the layer's input
-  Tensor cu_seqlens_B1;  // undefined where sequences are interleaved
-  Tensor carried_TD;     // two-stage banks: what the module's code between the stages made, all rows
+  Tensor rows_ND;            // grouped by expert
+  Tensor offsets_E1 = {};  // int64 on the CPU
+  const SparsePlan* plan = nullptr;  // row n belongs to the plan's pair n; null where rows are slots of a soft plan
+  Tensor input_TD = {};  // the layer's input, all rows
+  Tensor sequence_T = {};  // of the layer's input
+  Tensor cu_seqlens_B1 = {};  // undefined where sequences are interleaved
   DecodeCache* cache = nullptr;
   bool training = true;
 };
@@ -48,8 +46,13 @@ class ExpertBank : public Module {
   int64_t experts() const;
   const std::vector<ExpertGroup>& groups() const { return groups_; }
 
-  // Output of every row through its own expert, gates not applied. Rows of an expert without rows: nothing happens, and its
-  // parameters still get a zero gradient. `stage` 0 … stages()-1.
+  // The registered name, for messages; "" for a bank made by hand.
+  const std::string& name() const { return name_; }
+  void set_name(std::string name) { name_ = std::move(name); }
+
+  // Output of every row through its own expert, gates not applied: [N, output_width(stage)]. An expert without rows costs
+  // nothing, and its parameters still get a zero gradient. A bank of two stages (attention heads) maps rows to rows twice, and
+  // the module's own code runs in between on one row per pair; see map_pairs in execute.h.
   virtual Tensor forward(const ExpertContext& context, int stage) const = 0;
   virtual int stages() const { return 1; }
   virtual int64_t output_width(int stage) const = 0;
@@ -57,6 +60,7 @@ class ExpertBank : public Module {
   // All rows through one expert with the given parameters (in the order of groups()[0].stacked, without the expert axis).
   // Serves merging and the reference executor; refused by banks of several groups or stages.
   virtual Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const;
+  virtual bool has_forward_with() const { return false; }
 
   // Σ_e alpha[e]·θ_e for every parameter, on the graph. Refused across groups.
   std::vector<Tensor> merge(const Tensor& alpha_E) const;
@@ -64,23 +68,29 @@ class ExpertBank : public Module {
   // One expert's parameters, on the graph.
   std::vector<Tensor> parameters_of(int64_t expert) const;
 
-  virtual int64_t parameters_per_expert(int64_t expert) const;
+  int64_t parameters_per_expert(int64_t expert) const;
   virtual double flops_per_row(int64_t expert) const = 0;  // forward; a multiply-add counts as two
 
   // (stacked tensor, slot) for every parameter of an expert: what surgery and the optimiser touch.
   struct Slice {
     Tensor stacked;
     int64_t slot;
+    Tensor view() const;  // the expert's part; writes reach the parameter
   };
   std::vector<Slice> slices(int64_t expert) const;
 
   // In place, without gradient. Moments are the trainer's to copy beside these.
-  void clone_expert(int64_t from, int64_t to);
+  void clone_expert(int64_t from, int64_t to);  // refused where the shapes differ
   virtual void reset_expert(int64_t expert, RandomKey key) = 0;
-  void permute(const std::vector<int64_t>& new_from_old);  // within one group
+  void permute(const std::vector<int64_t>& old_of_new);  // expert e becomes what old_of_new[e] was; within one group
 
  protected:
-  std::vector<ExpertGroup> groups_;
+  std::vector<ExpertGroup> groups_;  // handles of tensors registered with add_parameter
+
+ private:
+  const ExpertGroup& group_of(int64_t expert) const;
+  const ExpertGroup& only_group(const char* purpose) const;
+  std::string name_;
 };
 
 struct ExpertSpec {

@@ -16,7 +16,7 @@ Loss::~Loss() = default;
 namespace {
 
 LossStatistics sums_over_all(const std::vector<Tensor>& per_row, int64_t rows) {
-  LossStatistics all{.rows = rows};
+  LossStatistics all{{}, rows};
   for (const Tensor& rows_Tn : per_row) all.sums.push_back(rows_Tn.sum(0));
   return all;
 }
@@ -35,7 +35,7 @@ std::vector<LossStatistics> sums_per_sequence(const std::vector<Tensor>& per_row
   for (int64_t b = 0; b < in.sequences; ++b) {
     const int64_t rows = rows_B.const_data_ptr<int64_t>()[b];
     if (rows == 0) continue;
-    LossStatistics& one = sequences.emplace_back(LossStatistics{.rows = rows});
+    LossStatistics& one = sequences.emplace_back(LossStatistics{{}, rows});
     for (const Tensor& sums_Bn : sums) one.sums.push_back(sums_Bn.select(0, b));
   }
   return sequences;
@@ -64,7 +64,7 @@ Tensor local_value(const LossTerm& term, const std::vector<LossStatistics>& stat
 
 std::vector<Tensor> statistics_gradient(const Loss& loss, const LossStatistics& total, const Router& router) {
   const at::AutoGradMode with_grad(true);
-  LossStatistics leaves{.rows = total.rows};
+  LossStatistics leaves{{}, total.rows};
   for (const Tensor& sum : total.sums) leaves.sums.push_back(sum.detach().requires_grad_(true));
   const Tensor value = loss.value(leaves, router);
   // `inputs` keeps the gradient out of router parameters that value() may read.

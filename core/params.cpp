@@ -21,6 +21,7 @@ Overloaded(Cases...) -> Overloaded<Cases...>;
 std::string range_text(const OptionSpec& spec) {
   const bool low = std::isfinite(spec.min), high = std::isfinite(spec.max);
   if (low && high) return fmt::format("between {} and {}", spec.min, spec.max);
+  if (!low && !high) return "a number";
   return low ? fmt::format("at least {}", spec.min) : fmt::format("at most {}", spec.max);
 }
 
@@ -33,6 +34,25 @@ void check_choice(const OptionSpec& spec, const std::string& value) {
   if (spec.choices.empty() || std::count(spec.choices.begin(), spec.choices.end(), value)) return;
   usage_error(fmt::format("'{}' is \"{}\", but must be one of {}{}", spec.name, value, fmt::join(spec.choices, ", "),
                           did_you_mean(value, spec.choices)));
+}
+
+// The shortest digits that read back to the same number; TOML tells reals from integers by a point or an exponent.
+std::string real_text(double value) {
+  const std::string digits = fmt::format("{}", value);
+  return digits.find_first_not_of("-0123456789") == std::string::npos ? digits + ".0" : digits;
+}
+
+std::string escaped_letter(unsigned char c) {
+  if (c == '"' || c == '\\') return {'\\', static_cast<char>(c)};
+  if (c == '\n') return "\\n";
+  if (c == '\t') return "\\t";
+  return c < 0x20 || c == 0x7f ? fmt::format("\\u{:04X}", c) : std::string(1, static_cast<char>(c));
+}
+
+std::string quoted_text(const std::string& value) {
+  std::string text = "\"";
+  for (const char c : value) text += escaped_letter(static_cast<unsigned char>(c));
+  return text + "\"";
 }
 
 // A real option accepts an integer literal; nothing else is converted.
@@ -77,11 +97,15 @@ std::string type_name(const OptionValue& value) {
   return names[value.index()];
 }
 
+std::string with_article(const std::string& noun) {
+  return (std::string("aeiou").find(noun[0]) == std::string::npos ? "a " : "an ") + noun;
+}
+
 std::string to_text(const OptionValue& value) {
   return std::visit(Overloaded{[](bool v) { return std::string(v ? "true" : "false"); },
                                [](int64_t v) { return fmt::format("{}", v); },
-                               [](double v) { return fmt::format("{}", v); },
-                               [](const std::string& v) { return fmt::format("\"{}\"", v); },
+                               [](double v) { return real_text(v); },
+                               [](const std::string& v) { return quoted_text(v); },
                                [](const std::vector<int64_t>& v) { return fmt::format("[{}]", fmt::join(v, ", ")); }},
                     value);
 }
@@ -93,7 +117,8 @@ Options::Options(const OptionSpecs& specs) {
 void Options::set(const OptionSpec& spec, OptionValue value) {
   value = widened(spec, std::move(value));
   if (value.index() != spec.default_value.index())
-    usage_error(fmt::format("'{}' is a {}, but must be a {}", spec.name, type_name(value), type_name(spec.default_value)));
+    usage_error(fmt::format("'{}' is {}, but must be {}", spec.name, with_article(type_name(value)),
+                            with_article(type_name(spec.default_value))));
   if (const auto* number = std::get_if<int64_t>(&value)) check_range(spec, static_cast<double>(*number));
   if (const auto* number = std::get_if<double>(&value)) check_range(spec, *number);
   if (const auto* word = std::get_if<std::string>(&value)) check_choice(spec, *word);

@@ -37,6 +37,7 @@ OptionSpec option(const std::string& name, std::vector<int64_t> default_value, c
 using OptionSpecs = std::vector<OptionSpec>;
 
 std::string type_name(const OptionValue& value);  // "bool", "integer", "real", "string", "list of integers"
+std::string with_article(const std::string& noun);  // "a bool", "an integer"
 std::string to_text(const OptionValue& value);    // as TOML would write it
 
 // What the config said, or the default, for every declared option. Asking for an undeclared name is a bug of the caller.

@@ -10,7 +10,7 @@
 
 namespace moelab {
 
-// Names one stream. Equal keys give equal draws.
+// Names one stream. Equal keys give equal draws, also under another function below: one key serves one purpose.
 struct RandomKey {
   uint64_t value = 0;
 
@@ -21,7 +21,7 @@ struct RandomKey {
 RandomKey random_key(int64_t seed, std::string_view purpose);
 
 // Rows of draws: row t depends on (key, sequence_T[t], position_T[t]) alone, and column n only on n besides. Both index
-// tensors are int64 [T] on the CPU. The values are made in double and rounded to `dtype`.
+// tensors are int64 [T] on the CPU, positions fit 32 bits. The values are made in double and rounded to `dtype`.
 Tensor uniform_rows(RandomKey key, const Tensor& sequence_T, const Tensor& position_T, int64_t columns,
                     at::ScalarType dtype);  // [T, columns] in [0, 1)
 Tensor normal_rows(RandomKey key, const Tensor& sequence_T, const Tensor& position_T, int64_t columns,
@@ -32,7 +32,8 @@ Tensor gumbel_rows(RandomKey key, const Tensor& sequence_T, const Tensor& positi
 // Draws of a whole tensor, for initial weights: element i depends on (key, i).
 Tensor normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::ScalarType dtype);
 Tensor uniform_tensor(RandomKey key, at::IntArrayRef shape, double low, double high, at::ScalarType dtype);
-Tensor truncated_normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::ScalarType dtype);  // cut at 2 std
+// Cut at 2 std, where `std` is that of the normal before the cut (afterwards it is 0.88 of it).
+Tensor truncated_normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::ScalarType dtype);
 
 // One integer in [0, bound), uniform, that depends on (key, index).
 int64_t uniform_integer(RandomKey key, int64_t index, int64_t bound);

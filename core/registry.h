@@ -3,7 +3,7 @@
 //   struct RouterEntry { std::string name; ...; std::source_location where = std::source_location::current(); };
 //   const Registration<RouterEntry> registration{{.name = "switch", ...}};
 //
-// The tables live out of line in the shared library (registry.cpp): a header-inline table would split in two between the
+// The tables live out of line in the shared library (registry_impl.h): a header-inline table would split in two between the
 // program and a plugin. A duplicate name is remembered and thrown at first use, never before main.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace moelab {
 template <class Entry>
 class Registry {
  public:
-  static Registry& instance();  // defined in registry.cpp for each kind
+  static Registry& instance();  // defined in registry_impl.h, instantiated once for each kind
 
   void add(Entry entry) { entries_.push_back(std::move(entry)); }
 

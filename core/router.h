@@ -115,6 +115,7 @@ struct RouterFacts {
   bool permutation_equivariant = true;  // permuting experts' parameters permutes the plan
   bool decodes = true;             // token by token equals the full forward
   int64_t passes = 1;              // forward passes per step
+  int64_t fixed_k = 0;             // choices per row where the method fixes them; 0 = the option `k`, or it varies
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
 };
 

@@ -77,13 +77,13 @@ const Registration<LossEntry> balance_registration{{
     .equation = "E · Σ_e f_e · P_e, f = share of rows that chose e (before drops, no gradient), P = mean probability",
     .options =
         {
-            {"counts", std::string("first_choice"), "which choices of a row count: its first one, or each (then Σ f = k)",
-             .choices = {"first_choice", "any_choice"}},
-            {"divide_by_k", false, "with any_choice, divide f by the row's number of choices; first choices already sum to 1"},
-            {"probabilities", std::string("clean"), "P from probabilities without noise, or softmax of the noisy logits",
-             .choices = {"clean", "noisy"}},
-            {"layers", std::string("each"), "one value per layer, or one value from the counts of all layers together",
-             .choices = {"each", "pooled"}},
+            option("counts", "first_choice", "which choices of a row count: its first one, or each (then Σ f = k)")
+                .one_of({"first_choice", "any_choice"}),
+            option("divide_by_k", false, "any_choice only: divide f by the row's number of choices, so that Σ f = 1"),
+            option("probabilities", "clean", "P from probabilities without noise, or softmax of the noisy logits")
+                .one_of({"clean", "noisy"}),
+            option("layers", "each", "one value per layer, or one value from the counts of all layers together")
+                .one_of({"each", "pooled"}),
         },
     .make = [](const Options& options, const RouterEntry&) { return std::make_unique<BalanceLoss>(options); },
     .refuses = balance_refuses,

@@ -38,8 +38,7 @@ const Registration<LossEntry> importance_registration{{
     .equation = "CV²(Σ_t w_te), w = gates of the chosen experts before drops, or clean probabilities",
     .options =
         {
-            {"of", std::string("gates"), "what is summed; unless given, as in the router's paper",
-             .choices = {"gates", "probabilities"}},
+            option("of", "gates", "what is summed; unless given, as in the router's paper").one_of({"gates", "probabilities"}),
             variance_option(),
         },
     .make = [](const Options& options,

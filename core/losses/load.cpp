@@ -57,9 +57,9 @@ const Registration<LossEntry> load_registration{{
     .equation = "CV²(Σ_t P(t,e)), P = Φ((clean - threshold)/std); rows per expert where there is no noise",
     .options =
         {
-            {"threshold", std::string("exclude_self"),
-             "k-th largest noisy logit without or with the expert itself; unless given, as in the router's paper",
-             .choices = {"exclude_self", "include_self"}},
+            option("threshold", "exclude_self",
+                   "k-th largest noisy logit without or with the expert itself; unless given, as in the router's paper")
+                .one_of({"exclude_self", "include_self"}),
             variance_option(),
         },
     .make = [](const Options& options, const RouterEntry& router) { return std::make_unique<LoadLoss>(options, router); },

@@ -62,8 +62,8 @@ const Tensor& required(const Tensor& tensor, const char* what, const char* loss,
 }
 
 OptionSpec variance_option() {
-  return {"variance", std::string("population"), "divisor of the variance in CV²: E (population) or E - 1 (sample)",
-          .choices = {"population", "sample"}};
+  return option("variance", "population", "divisor of the variance in CV²: E (population) or E - 1 (sample)")
+      .one_of({"population", "sample"});
 }
 
 bool sample_variance(const Options& options) { return options.text("variance") == "sample"; }

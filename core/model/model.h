@@ -71,6 +71,9 @@ class Model : public Module {
   virtual std::vector<Site*> sites() const = 0;
   virtual int64_t context() const = 0;  // longest sequence
 
+  // "layers.3.moe: reason" for each site whose training decisions look at later tokens; its training loss is labelled so.
+  virtual std::vector<std::string> training_sees_future() const { return {}; }
+
   // Parameters that one token uses, and forward FLOPs per token (multiply-add = 2) at full context.
   virtual int64_t active_parameters() const = 0;
   virtual double flops_per_token() const = 0;

@@ -1,0 +1,40 @@
+# The few commands of daily life. Everything they need is installed by scripts/setup.sh.
+BUILD := build
+JOBS  := $(shell nproc)
+export CTEST_OUTPUT_ON_FAILURE = 1
+
+.PHONY: quickstart build test test-long bench lint asan docs setup clean
+
+quickstart: build   ## install, build, train on real text, print the verdict and where everything lies
+	$(BUILD)/moelab data prepare kjv
+	$(BUILD)/moelab run experiments/quickstart.toml
+
+setup:              ## install what is missing (a second call takes seconds)
+	scripts/setup.sh
+
+build: setup        ## the program at build/moelab
+	cmake --preset release > $(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
+	@mv $(BUILD).configure.log $(BUILD)/configure.log
+	cmake --build --preset release -j $(JOBS)
+
+test: build         ## what CI runs
+	cd $(BUILD) && ctest --no-tests=error -j 1
+	scripts/check_docs.sh $(BUILD)/moelab
+
+test-long: build    ## kill loops and wide sweeps, by hand; leaves counts in tests/long/
+	scripts/test_long.sh $(BUILD)
+
+bench: build        ## benchmarks; JSON beside the build, out of git
+	scripts/bench.sh $(BUILD)
+
+asan: setup         ## the tests under address and undefined-behaviour sanitizers
+	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan --no-tests=error
+
+lint: setup         ## every header alone, warnings as errors
+	cmake --preset lint && cmake --build --preset lint -j $(JOBS)
+
+docs: build         ## regenerate the generated tables
+	$(BUILD)/moelab docs
+
+clean:
+	cmake -E rm -rf $(BUILD)

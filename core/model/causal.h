@@ -1,0 +1,15 @@
+// A causal language model may not look ahead: never in evaluation, in training only where the experiment allows it.
+#pragma once
+
+#include "core/config.h"
+#include "core/moe_layer.h"
+
+#include <string>
+
+namespace moelab {
+
+// Throws Error(kUsage) at the place that lets the future in. Otherwise returns why training sees the future, "" if it does
+// not. `tables` are those of the layer.
+std::string require_causal(const Table& tables, const LayerSettings& layer, bool allow_noncausal_training);
+
+}  // namespace moelab

@@ -1,0 +1,89 @@
+#include "core/model/layers.h"
+
+#include "core/random.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/rms_norm.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+
+#include <cmath>
+
+namespace moelab {
+namespace {
+
+at::ScalarType layer_precision(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Appends to what the cache keeps under `name`, and returns all of it.
+Tensor appended(DecodeCache& cache, const char* name, const Tensor& more_BHLA) {
+  Tensor& kept = cache.kept[name];
+  kept = kept.defined() ? at::cat({kept, more_BHLA}, 2) : more_BHLA;
+  return kept;
+}
+
+// Query l of a call that continues `past` keys sees keys 0 … past + l.
+Tensor attend(const Tensor& q_BHLA, const Tensor& k_BHKA, const Tensor& v_BHKA) {
+  const int64_t queries = q_BHLA.size(2), past = k_BHKA.size(2) - queries;
+  if (past == 0) return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA, {}, 0.0, /*is_causal=*/true);
+  if (queries == 1) return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA);
+  const Tensor seen_LK = at::ones({queries, past + queries}, q_BHLA.options().dtype(at::kBool)).tril(past);
+  return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA, seen_LK);
+}
+
+}  // namespace
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight_D) {
+  const at::ScalarType dtype = layer_precision(x);
+  return at::rms_norm(x.to(dtype), {x.size(-1)}, weight_D.to(dtype), 1e-5).to(x.scalar_type());
+}
+
+RotaryEmbedding::RotaryEmbedding(int64_t head_size, int64_t context, double base) {
+  const Tensor exponent_A2 = at::arange(0, head_size, 2, at::kDouble).div(-static_cast<double>(head_size));
+  const Tensor angle_LA2 = at::arange(context, at::kDouble).unsqueeze(1).mul(at::pow(base, exponent_A2));
+  cos_LA2_ = angle_LA2.cos();
+  sin_LA2_ = angle_LA2.sin();
+}
+
+Tensor RotaryEmbedding::operator()(const Tensor& x_BHLA, int64_t first) const {
+  const auto options = x_BHLA.options().dtype(layer_precision(x_BHLA));
+  const Tensor cos_LA2 = cos_LA2_.narrow(0, first, x_BHLA.size(2)).to(options);
+  const Tensor sin_LA2 = sin_LA2_.narrow(0, first, x_BHLA.size(2)).to(options);
+  const int64_t half = x_BHLA.size(3) / 2;
+  const Tensor low = x_BHLA.narrow(3, 0, half), high = x_BHLA.narrow(3, half, half);
+  return at::cat({low * cos_LA2 - high * sin_LA2, high * cos_LA2 + low * sin_LA2}, 3).to(x_BHLA.scalar_type());
+}
+
+CausalAttention::CausalAttention(const AttentionSpec& spec)
+    : heads_(spec.heads), rotary_(spec.width / spec.heads, spec.context, spec.rope_base) {
+  const double std = 1 / std::sqrt(static_cast<double>(spec.width));
+  const auto weight = [&](const char* name, double scale) {
+    return add_parameter(name, normal_tensor(spec.init.with(name), {spec.width, spec.width}, scale * std, spec.dtype));
+  };
+  q_DD_ = weight("q", 1);
+  k_DD_ = weight("k", 1);
+  v_DD_ = weight("v", 1);
+  o_DD_ = weight("o", spec.output_scale);
+}
+
+Tensor CausalAttention::heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const {
+  const int64_t width = x_BLD.size(2);
+  return at::linear(x_BLD, weight_DD).view({x_BLD.size(0), x_BLD.size(1), heads_, width / heads_}).transpose(1, 2);
+}
+
+Tensor CausalAttention::forward(const Tensor& x_BLD, int64_t first, DecodeCache* cache) const {
+  const Tensor q_BHLA = rotary_(heads_of(x_BLD, q_DD_), first);
+  Tensor k_BHKA = rotary_(heads_of(x_BLD, k_DD_), first);
+  Tensor v_BHKA = heads_of(x_BLD, v_DD_);
+  if (cache) {
+    k_BHKA = appended(*cache, "k", k_BHKA);
+    v_BHKA = appended(*cache, "v", v_BHKA);
+  }
+  const Tensor mixed_BLHA = attend(q_BHLA, k_BHKA, v_BHKA).transpose(1, 2);
+  return at::linear(mixed_BLHA.reshape(x_BLD.sizes()), o_DD_);
+}
+
+}  // namespace moelab

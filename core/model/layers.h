@@ -1,0 +1,51 @@
+// The parts of a decoder block that do not route: normalisation, rotary positions, causal attention. In shapes, H is the
+// number of heads and A the size of one.
+#pragma once
+
+#include "core/expert.h"
+#include "core/module.h"
+
+namespace moelab {
+
+// x / √(mean x² + 1e-5) · weight over the last dimension, in float32 or better; the result has x's dtype.
+Tensor rms_norm(const Tensor& x, const Tensor& weight_D);
+
+// Rotary position embedding (Su et al. 2021, arXiv 2104.09864): pairs (i, i + A/2) turn by position · base^(-2i/A).
+class RotaryEmbedding {
+ public:
+  RotaryEmbedding(int64_t head_size, int64_t context, double base);
+
+  // Rows of x_BHLA stand at positions first, first + 1, …
+  Tensor operator()(const Tensor& x_BHLA, int64_t first) const;
+
+ private:
+  Tensor cos_LA2_, sin_LA2_;  // float64, one row per position, one column per pair
+};
+
+struct AttentionSpec {
+  int64_t width = 0;
+  int64_t heads = 1;
+  int64_t context = 0;
+  double rope_base = 10000;
+  double output_scale = 1;  // scales the initial output weights
+  at::ScalarType dtype = at::kFloat;
+  RandomKey init;
+};
+
+// Multi-head causal self-attention without biases.
+class CausalAttention : public Module {
+ public:
+  explicit CausalAttention(const AttentionSpec& spec);
+
+  // `cache` holds the keys and values of earlier calls; x_BLD continues them at position `first`.
+  Tensor forward(const Tensor& x_BLD, int64_t first = 0, DecodeCache* cache = nullptr) const;
+
+ private:
+  Tensor heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const;  // [B,H,L,A]
+
+  int64_t heads_;
+  RotaryEmbedding rotary_;
+  Tensor q_DD_, k_DD_, v_DD_, o_DD_;
+};
+
+}  // namespace moelab

@@ -1,0 +1,144 @@
+#include "core/model/recompute.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+
+namespace moelab {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Autocast as it was, without its cache: a copy made by the pass without gradient would cut the graph of the other.
+class AutocastScope {
+ public:
+  struct State {
+    bool enabled;
+    at::ScalarType dtype;
+  };
+  static State current(at::DeviceType device) {
+    return {at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)};
+  }
+
+  AutocastScope(at::DeviceType device, State state)
+      : device_(device), before_(current(device)), cached_(at::autocast::is_autocast_cache_enabled()) {
+    set(state, false);
+  }
+  ~AutocastScope() { set(before_, cached_); }
+  AutocastScope(const AutocastScope&) = delete;
+  AutocastScope& operator=(const AutocastScope&) = delete;
+
+ private:
+  void set(State state, bool cached) const {
+    at::autocast::set_autocast_enabled(device_, state.enabled);
+    at::autocast::set_autocast_dtype(device_, state.dtype);
+    at::autocast::set_autocast_cache_enabled(cached);
+  }
+  at::DeviceType device_;
+  State before_;
+  bool cached_;
+};
+
+// What the second pass needs beside tensors of the graph.
+struct RecomputeJob : torch::CustomClassHolder {
+  std::shared_ptr<const Block> block;
+  std::shared_ptr<const BatchRows> rows;
+  RouteInput in;
+  Assignment assignment;  // made by the first pass
+  AutocastScope::State autocast{false, at::kFloat};
+  BlockOutput first;      // of the first pass; taken by forward_recomputed
+
+  BlockOutput run(const Tensor& x_BLD, const Tensor& carry) const {
+    const AutocastScope scope(x_BLD.device().type(), autocast);
+    RouteInput again = in;
+    again.carry = carry;
+    if (assignment.defined()) again.forced = &assignment;
+    return block->forward(x_BLD, *rows, std::move(again));
+  }
+};
+
+// Every tensor of an output that a gradient may come back to, in a fixed order.
+std::vector<Tensor*> differentiable_parts(BlockOutput& out) {
+  std::vector<Tensor*> parts{&out.x_BLD};
+  if (!out.site) return parts;
+  if (out.site->carry.defined()) parts.push_back(&out.site->carry);
+  for (TermStatistics& term : out.site->statistics)
+    for (LossStatistics& scope : term.per_scope)
+      for (Tensor& sum : scope.sums) parts.push_back(&sum);
+  return parts;
+}
+
+// A leaf with the same values, or undefined.
+Tensor fresh_leaf(const Tensor& tensor, bool needs_gradient) {
+  return tensor.defined() ? tensor.detach().requires_grad_(needs_gradient) : Tensor();
+}
+
+// Inputs are x, the carry (perhaps undefined), and every parameter of the block, so that the engine accumulates their
+// gradients as it does without recomputation.
+struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::intrusive_ptr<RecomputeJob>& job) {
+    job->first = job->run(inputs[0], inputs[1]);
+    if (job->first.site) job->assignment = job->first.site->assignment;
+    ctx->save_for_backward(inputs.vec());
+    ctx->saved_data["job"] = c10::IValue::make_capsule(job);
+    variable_list outputs;
+    // A sum may be a view of another (scope = "sequence"); outputs must stand alone.
+    for (const Tensor* part : differentiable_parts(job->first)) outputs.push_back(part->is_view() ? part->clone() : *part);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const auto job = c10::static_intrusive_pointer_cast<RecomputeJob>(ctx->saved_data["job"].toCapsule());
+    variable_list inputs = ctx->get_saved_variables();
+    for (size_t i = 0; i < 2; ++i) inputs[i] = fresh_leaf(inputs[i], inputs[i].defined() && inputs[i].requires_grad());
+    const at::AutoGradMode with_graph(true);
+    BlockOutput again = job->run(inputs[0], inputs[1]);
+    variable_list result = gradients_of(differentiable_parts(again), gradients, inputs);
+    result.emplace_back();  // the job
+    return result;
+  }
+
+ private:
+  static variable_list gradients_of(const std::vector<Tensor*>& parts, const variable_list& gradients, const variable_list& inputs) {
+    variable_list roots, root_gradients, leaves;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (!gradients[i].defined() || !parts[i]->requires_grad()) continue;
+      roots.push_back(*parts[i]);
+      root_gradients.push_back(gradients[i]);
+    }
+    for (const Tensor& input : inputs)
+      if (input.defined() && input.requires_grad()) leaves.push_back(input);
+    variable_list found;
+    if (!roots.empty()) found = torch::autograd::grad(roots, leaves, root_gradients, std::nullopt, false, /*allow_unused=*/true);
+    variable_list result(inputs.size());
+    for (size_t i = 0, next = 0; i < inputs.size() && !found.empty(); ++i)
+      if (inputs[i].defined() && inputs[i].requires_grad()) result[i] = found[next++];
+    return result;
+  }
+};
+
+}  // namespace
+
+BlockOutput forward_recomputed(const std::shared_ptr<const Block>& block, const Tensor& x_BLD,
+                               const std::shared_ptr<const BatchRows>& rows, const RouteInput& in) {
+  const auto job = c10::make_intrusive<RecomputeJob>();
+  job->block = block;
+  job->rows = rows;
+  job->in = in;
+  job->in.carry = Tensor();  // saved by the graph
+  job->autocast = AutocastScope::current(x_BLD.device().type());
+  if (in.forced) job->assignment = *in.forced;
+  job->in.forced = nullptr;  // points into the caller's memory
+  variable_list inputs{x_BLD, in.carry};
+  for (const NamedTensor& parameter : block->parameters()) inputs.push_back(parameter.tensor);
+  const variable_list outputs = RecomputeFunction::apply(at::TensorList(inputs), job);
+  BlockOutput out = std::move(job->first);
+  const std::vector<Tensor*> parts = differentiable_parts(out);
+  for (size_t i = 0; i < parts.size(); ++i) *parts[i] = outputs[i];
+  return out;
+}
+
+}  // namespace moelab

@@ -1,0 +1,33 @@
+// An experiment file made into live objects. Stop 2 of the reading path: main → experiment (config) → trainer.
+#pragma once
+
+#include "core/config.h"
+#include "core/dataset.h"
+#include "core/model/model.h"
+#include "trainers/settings.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+struct Experiment {
+  Table root;
+  std::string name;
+  std::string config_id;  // eight hex digits of the resolved values: equal ids mean equal configs
+  TrainSettings train;
+  std::shared_ptr<const Dataset> data;
+  std::shared_ptr<Model> model;
+};
+
+// Reads everything and refuses what does not fit, before anything is created on disk.
+Experiment load_experiment(const Table& root);
+
+// Tokens of a sequence, as `[model] context` says.
+int64_t model_context(const Table& root);
+
+// The parameters that the process sets for its own run: threads, memory kept, denormals.
+void prepare_process(const TrainSettings& settings);
+
+}  // namespace moelab

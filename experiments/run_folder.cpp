@@ -1,0 +1,113 @@
+#include "experiments/run_folder.h"
+
+#include "core/error.h"
+
+#include <ATen/Parallel.h>
+#include <torch/version.h>
+
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+
+#include <ctime>
+#include <filesystem>
+
+namespace moelab {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string utc_now() { return fmt::format("{:%Y%m%dT%H%M%SZ}", fmt::gmtime(std::time(nullptr))); }
+
+const char* event_name(Event::Kind kind) {
+  switch (kind) {
+    case Event::Kind::kFreeze: return "freeze";
+    case Event::Kind::kUnfreeze: return "unfreeze";
+    case Event::Kind::kExpertAdded: return "expert_added";
+    case Event::Kind::kExpertRemoved: return "expert_removed";
+    case Event::Kind::kStageChanged: return "stage_changed";
+  }
+  return "?";
+}
+
+nlohmann::json environment() {
+  return {{"moelab", MOELAB_VERSION}, {"libtorch", TORCH_VERSION}, {"compiler", __VERSION__},
+          {"threads", at::get_num_threads()}, {"started", utc_now()}};
+}
+
+}  // namespace
+
+std::unique_ptr<RunFolder> RunFolder::create(const std::string& path, const std::string& name, const std::string& config_id,
+                                             int64_t seed, const std::string& config_path, const std::string& resolved) {
+  const std::string place = !path.empty() ? path : fmt::format("runs/{}/{}-{}-s{}", name, utc_now(), config_id, seed);
+  if (fs::exists(place) && !fs::is_empty(place))
+    usage_error(fmt::format("{} holds a run already: use `moelab resume {}`, or choose another folder with --out", place, place));
+  make_folders(place);
+  std::unique_ptr<RunFolder> folder(new RunFolder(place));
+  folder->lock();
+  write_file_atomically(folder->file("config.toml"), read_file(config_path));
+  write_file_atomically(folder->resolved_config(), resolved);
+  write_file_atomically(folder->file("env.json"), environment().dump(2) + "\n");
+  folder->set_status("started");
+  return folder;
+}
+
+std::unique_ptr<RunFolder> RunFolder::open(const std::string& path) {
+  if (!fs::exists(path + "/config.resolved.toml")) data_error(path + " is no run folder: it has no config.resolved.toml");
+  return std::unique_ptr<RunFolder>(new RunFolder(path));
+}
+
+void RunFolder::lock() { lock_ = std::make_unique<RunLock>(path_); }
+
+void RunFolder::set_status(const std::string& line) { write_file_atomically(file("STATUS"), line + "\n"); }
+
+void RunFolder::drop_records_after(int64_t step) {
+  truncate_after_step(file("metrics.jsonl"), step);
+  truncate_after_step(file("events.jsonl"), step);
+}
+
+RecordWriter::RecordWriter(const RunFolder& folder) : metrics_(folder.file("metrics.jsonl")), events_(folder.file("events.jsonl")) {}
+
+double RecordWriter::seconds() const {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+}
+
+// Steps are written as the number of finished ones, so that a checkpoint's step and the last record before it agree.
+Request RecordWriter::on_step(const StepView& view) {
+  tokens_ = view.tokens;
+  window_tokens_ += view.result.target_tokens;
+  if (!view.flush) return Request::kNone;
+  const double now = seconds();
+  metrics_.append({{"step", view.step + 1}, {"tokens", tokens_}, {"seconds", now}, {"m", view.window.metrics()},
+                   {"timing", {{"tokens_per_second", static_cast<double>(window_tokens_) / (now - window_start_)}}}});
+  window_tokens_ = 0;
+  window_start_ = now;
+  return Request::kNone;
+}
+
+void RecordWriter::on_evaluation(const Evaluation& evaluation, int64_t step, bool final) {
+  metrics_.append({{"step", step}, {"tokens", tokens_}, {"seconds", seconds()}, {"final", final}, {"m", evaluation_metrics(evaluation)}});
+}
+
+void RecordWriter::on_checkpoint(const std::string& folder, int64_t step) {
+  metrics_.sync();
+  events_.sync();
+  event(step, "checkpoint", {{"folder", fs::path(folder).filename().string()}});
+}
+
+void RecordWriter::on_event(const std::string& site, const Event& happened, int64_t step) {
+  event(step + 1, event_name(happened.kind), {{"site", site}, {"expert", happened.expert}, {"note", happened.note}});
+}
+
+void RecordWriter::event(int64_t step, const std::string& kind, const nlohmann::json& details) {
+  events_.append({{"step", step}, {"seconds", seconds()}, {"event", kind}, {"details", details}});
+}
+
+std::map<std::string, double> evaluation_metrics(const Evaluation& evaluation) {
+  std::map<std::string, double> m{{"eval.loss", evaluation.loss}, {"eval.bits_per_byte", evaluation.bits_per_byte},
+                                  {"eval.accuracy", evaluation.accuracy}, {"eval.tokens", static_cast<double>(evaluation.tokens)}};
+  for (size_t s = 0; s < evaluation.labels.size(); ++s)
+    for (const auto& [name, value] : metrics_of(evaluation.records[s])) m["eval." + evaluation.labels[s] + "." + name] = value;
+  return m;
+}
+
+}  // namespace moelab

@@ -1,0 +1,82 @@
+#include "experiments/status_line.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <unistd.h>
+
+namespace moelab {
+namespace {
+
+double since(std::chrono::steady_clock::time_point then) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - then).count();
+}
+
+// The layer whose busiest expert is furthest above its mean, and the dead experts of all layers.
+std::string balance_text(const MetricsWindow& window) {
+  double worst = 0;
+  std::string where;
+  int64_t dead = 0;
+  for (size_t s = 0; s < window.records().size(); ++s) {
+    const std::map<std::string, double> m = metrics_of(window.records()[s]);
+    if (!std::isnan(m.at("dead"))) dead += static_cast<int64_t>(m.at("dead"));
+    if (!(m.at("max_over_mean") > worst)) continue;
+    worst = m.at("max_over_mean");
+    where = window.labels()[s];
+  }
+  return where.empty() ? "" : fmt::format(" | max/mean {:.2f} ({}) | dead {}", worst, where, dead);
+}
+
+}  // namespace
+
+StatusLine::StatusLine()
+    : terminal_(isatty(STDERR_FILENO) != 0), color_(terminal_ && std::getenv("NO_COLOR") == nullptr),
+      start_(std::chrono::steady_clock::now()), shown_(start_) {}
+
+Request StatusLine::on_step(const StepView& view) {
+  if (first_step_ < 0) first_step_ = view.step;
+  window_tokens_ += view.result.target_tokens;
+  if (!view.flush) return Request::kNone;
+  const double done = static_cast<double>(view.step + 1 - first_step_);
+  const double left = since(start_) / done * static_cast<double>(view.total_steps - view.step - 1);
+  const std::map<std::string, double> m = view.window.metrics();
+  show(fmt::format("step {}/{} | loss {:.4f} ({:.3f} bits/token) | {:.0f} tok/s{} | {:.0f} s left", view.step + 1, view.total_steps,
+                   m.at("loss"), m.at("bits_per_token"), static_cast<double>(window_tokens_) / since(shown_),
+                   balance_text(view.window), left));
+  shown_ = std::chrono::steady_clock::now();
+  window_tokens_ = 0;
+  return Request::kNone;
+}
+
+void StatusLine::on_evaluation(const Evaluation& evaluation, int64_t step, bool) {
+  finish_line();
+  fmt::print(stderr, "eval at step {}: loss {:.4f}, {:.4f} bits/byte, accuracy {:.3f}, {} tokens\n", step, evaluation.loss,
+             evaluation.bits_per_byte, evaluation.accuracy, evaluation.tokens);
+}
+
+void StatusLine::on_event(const std::string& site, const Event& event, int64_t step) {
+  finish_line();
+  fmt::print(stderr, "step {}: {}: {}\n", step + 1, site, event.note);
+}
+
+void StatusLine::on_end(int64_t) { finish_line(); }
+
+void StatusLine::show(const std::string& text) {
+  if (!terminal_) {
+    fmt::print(stderr, "{}\n", text);
+    return;
+  }
+  fmt::print(stderr, color_ ? "\r\033[K\033[36m{}\033[0m" : "\r\033[K{}", text);
+  std::fflush(stderr);
+  open_ = true;
+}
+
+void StatusLine::finish_line() {
+  if (open_) fmt::print(stderr, "\n");
+  open_ = false;
+}
+
+}  // namespace moelab

@@ -1,0 +1,173 @@
+#include "experiments/summary.h"
+
+#include "datasets/ngram.h"
+#include "trainers/generate.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cctype>
+#include <limits>
+
+namespace moelab {
+namespace {
+
+constexpr int kLongestContext = 5;
+
+// Missing is null, never absent; JSON has no NaN.
+nlohmann::json number_or_null(double value) { return std::isnan(value) ? nlohmann::json() : nlohmann::json(value); }
+
+void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRecord& record) {
+  out[prefix + ".load"] = record.chosen_E;
+  for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = number_or_null(value);
+}
+
+void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values) {
+  for (size_t t = 0; t < site.losses.size(); ++t) {
+    const LossTerm& term = site.losses[t];
+    const RouterSpec& spec = site.router->spec();
+    const int64_t k = spec.options.declared("k") ? spec.k() : 1;
+    const Landmarks marks = term.loss->landmarks(spec.experts, k);
+    const std::string key = prefix + ".loss." + term.label;
+    out[key] = t < values.size() ? number_or_null(values[t]) : nlohmann::json();
+    out[key + ".weighted"] = t < values.size() ? number_or_null(values[t] * term.coefficient) : nlohmann::json();
+    out[key + ".at_balance"] = number_or_null(marks.balance);
+    out[key + ".at_collapse"] = number_or_null(marks.collapse);
+  }
+}
+
+double share_of_busiest(const RoutingRecord& record) {
+  int64_t most = 0, all = 0;
+  for (const int64_t count : record.chosen_E) {
+    most = std::max(most, count);
+    all += count;
+  }
+  return all == 0 ? 0 : static_cast<double>(most) / static_cast<double>(all);
+}
+
+std::string printable(const std::string& bytes) {
+  std::string out;
+  for (const char c : bytes) out += c == '\n' || std::isprint(static_cast<unsigned char>(c)) ? c : '?';
+  return out;
+}
+
+std::string loads_text(const nlohmann::json& load) {
+  double all = 0;
+  for (const auto& count : load) all += count.get<double>();
+  std::string text;
+  for (const auto& count : load) text += fmt::format(" {:5.1f}", all == 0 ? 0 : 100 * count.get<double>() / all);
+  return text;
+}
+
+std::string number_text(const nlohmann::json& value, const char* format) {
+  return value.is_null() ? "-" : fmt::format(fmt::runtime(format), value.get<double>());
+}
+
+std::string layers_text(const Experiment& experiment, const nlohmann::json& s) {
+  std::string text = "\nload of each expert in the final evaluation, % of pairs:\n";
+  const std::vector<Site*> sites = experiment.model->sites();
+  const std::vector<std::string> labels = site_labels(sites);
+  for (size_t i = 0; i < labels.size(); ++i)
+    text += fmt::format("  {:<10} {:<12}{}  max/mean {}  dead {}  dropped {} %\n", labels[i], sites[i]->router->entry().name,
+                        loads_text(s.at(labels[i] + ".load")), number_text(s.at(labels[i] + ".max_over_mean"), "{:.2f}"),
+                        number_text(s.at(labels[i] + ".dead"), "{:.0f}"),
+                        s.at(labels[i] + ".dropped").is_null() ? "0" : fmt::format("{:.1f}", 100 * s.at(labels[i] + ".dropped").get<double>()));
+  for (size_t i = 0; i < labels.size(); ++i)
+    for (const LossTerm& term : sites[i]->losses) {
+      const std::string key = labels[i] + ".loss." + term.label;
+      text += fmt::format("  {:<10} loss {:<12} {} (even {}, collapsed {})\n", labels[i], term.label, number_text(s.at(key), "{:.4f}"),
+                          number_text(s.at(key + ".at_balance"), "{:.4f}"), number_text(s.at(key + ".at_collapse"), "{:.4f}"));
+    }
+  return labels.empty() ? "" : text;
+}
+
+std::string baselines_text(const nlohmann::json& s) {
+  std::string text;
+  for (int c = 0; c <= kLongestContext; ++c) {
+    const nlohmann::json& bits = s.at(fmt::format("baseline.ngram.context_{}.bits_per_byte", c));
+    if (!bits.is_null()) text += fmt::format("  n-gram, {} bytes of context   {:.4f}\n", c, bits.get<double>());
+  }
+  if (!s.at("data.entropy_bits").is_null()) text += fmt::format("  the source's own entropy      {:.4f}\n", s.at("data.entropy_bits").get<double>());
+  return text;
+}
+
+}  // namespace
+
+Verdict verdict_of(const std::vector<Site*>& sites, const Evaluation& evaluation) {
+  Verdict verdict{"not applicable", "no site counts its experts"};
+  for (size_t s = 0; s < evaluation.records.size(); ++s) {
+    const RoutingRecord& record = evaluation.records[s];
+    if (record.chosen_E.empty() || record.rows == 0) continue;
+    const auto experts = static_cast<double>(sites[s]->router->spec().experts);
+    const std::map<std::string, double> m = metrics_of(record);
+    if (experts > 1 && m.at("effective_experts") < experts / 2)
+      return {"collapsed", fmt::format("{}: {:.2f} effective experts of {:.0f}, below half", evaluation.labels[s], m.at("effective_experts"), experts)};
+    if (experts >= 4 && share_of_busiest(record) > 0.5)
+      return {"collapsed", fmt::format("{}: one expert takes {:.0f} % of the pairs", evaluation.labels[s], 100 * share_of_busiest(record))};
+    if (verdict.word == "dead experts") continue;
+    if (m.at("dead") > 0) verdict = {"dead experts", fmt::format("{}: {:.0f} experts got no token in the whole evaluation", evaluation.labels[s], m.at("dead"))};
+    else verdict = {"healthy", "every expert of every layer was used, none took more than its bound"};
+  }
+  return verdict;
+}
+
+std::vector<double> ngram_baselines(const Experiment& experiment) {
+  const auto& train = experiment.data->train_bytes();
+  const auto& validation = experiment.data->validation_bytes();
+  if (!experiment.train.ngram_baselines || train.empty() || validation.empty()) return {};
+  return bits_per_byte(NgramModel(train, kLongestContext), validation);
+}
+
+nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, const std::string& outcome, double seconds,
+                         const std::vector<double>& baselines) {
+  const Evaluation& evaluation = trainer.last_evaluation();
+  const bool evaluated = outcome == "done";
+  const std::vector<Site*> sites = experiment.model->sites();
+  const std::vector<std::string> labels = site_labels(sites);
+  const double none = std::numeric_limits<double>::quiet_NaN();
+  nlohmann::json s{{"name", experiment.name}, {"config_id", experiment.config_id}, {"seed", experiment.train.seed},
+                   {"outcome", outcome}, {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
+                   {"params.total", experiment.model->parameter_count()}, {"params.active", experiment.model->active_parameters()},
+                   {"eval.loss", number_or_null(evaluated ? evaluation.loss : none)},
+                   {"eval.bits_per_byte", number_or_null(evaluated ? evaluation.bits_per_byte : none)},
+                   {"eval.accuracy", number_or_null(evaluated ? evaluation.accuracy : none)},
+                   {"eval.tokens", evaluated ? nlohmann::json(evaluation.tokens) : nlohmann::json()},
+                   {"data.entropy_bits", number_or_null(experiment.data->known_entropy_bits())}};
+  for (int c = 0; c <= kLongestContext; ++c)
+    s[fmt::format("baseline.ngram.context_{}.bits_per_byte", c)] =
+        number_or_null(c < static_cast<int>(baselines.size()) ? baselines[static_cast<size_t>(c)] : none);
+  for (size_t i = 0; i < labels.size(); ++i) {
+    add_record(s, labels[i], evaluated ? evaluation.records[i] : RoutingRecord{});
+    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<double>{});
+    add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
+  }
+  const Verdict verdict = evaluated ? verdict_of(sites, evaluation) : Verdict{"not judged", "the run was stopped before its final evaluation"};
+  s["verdict"] = verdict.word;
+  s["verdict.reason"] = verdict.reason;
+  return s;
+}
+
+std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample, const std::string& folder) {
+  std::string text = fmt::format("\nvalidation bits per byte, {} bytes:\n", s.at("eval.tokens").dump());
+  text += baselines_text(s);
+  text += fmt::format("  this model                    {}\n", number_text(s.at("eval.bits_per_byte"), "{:.4f}"));
+  text += layers_text(experiment, s);
+  if (!sample.empty()) text += fmt::format("\nwhat the model writes ({} bytes):\n---\n{}\n---\n", sample.size(), printable(sample));
+  text += fmt::format("\nparameters {} ({} active per token); tokens trained {}; {:.0f} s\n", s.at("params.total").dump(),
+                      s.at("params.active").dump(), s.at("tokens").dump(), s.at("seconds").get<double>());
+  text += fmt::format("verdict: {} ({})\n", s.at("verdict").get<std::string>(), s.at("verdict.reason").get<std::string>());
+  return text + fmt::format("everything lies in {}: summary.json, metrics.jsonl, events.jsonl, config.resolved.toml, ckpt/\n", folder);
+}
+
+std::string sample_text(const Experiment& experiment, int64_t tokens) {
+  const auto& bytes = experiment.data->validation_bytes();
+  const int64_t prompt_length = std::min<int64_t>(32, experiment.model->context() / 2);
+  if (static_cast<int64_t>(bytes.size()) < prompt_length || prompt_length == 0) return "";
+  const std::vector<int64_t> prompt(bytes.begin(), bytes.begin() + prompt_length);
+  std::string text;
+  for (const int64_t byte : generate(*experiment.model, prompt, {tokens, 0.8, experiment.train.seed})) text += static_cast<char>(byte);
+  return text;
+}
+
+}  // namespace moelab

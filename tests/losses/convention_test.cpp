@@ -1,0 +1,187 @@
+// Same name, different maths: the rows of routers.md 1.3, their values at perfect balance and at collapse.
+#include "tests/losses/plain_losses.h"
+
+#include "core/error.h"
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers_floating_point.hpp>
+
+using namespace moelab;
+using namespace moelab::test;
+using Catch::Matchers::WithinAbs;
+using Catch::Matchers::WithinRel;
+
+namespace {
+
+// Row t chooses t, t+1, … (mod E) with gate 1/k, probabilities uniform: every expert gets the same.
+RouteOutput balanced_decision(int64_t experts, int64_t k) {
+  Choices choices(experts, std::vector<int64_t>(k));
+  for (int64_t t = 0; t < experts; ++t)
+    for (int64_t j = 0; j < k; ++j) choices[t][j] = (t + j) % experts;
+  Scores scores;
+  scores.loss_TE = tensor_of(Rows(experts, std::vector<double>(experts, 1.0 / experts)));
+  scores.clean_TE = scores.noisy_TE = scores.loss_TE.mul(0);
+  return decision_of(choices_of(choices), tensor_of(Rows(experts, std::vector<double>(k, 1.0 / k))), scores);
+}
+
+// Every row chooses experts 0 … k-1 with gate and probability 1/k.
+RouteOutput collapsed_decision(int64_t experts, int64_t k) {
+  std::vector<double> row(experts);
+  std::vector<int64_t> choice(k);
+  for (int64_t j = 0; j < k; ++j) row[j] = 1.0 / k, choice[j] = j;
+  Scores scores;
+  scores.loss_TE = tensor_of(Rows(experts, row));
+  scores.clean_TE = scores.noisy_TE = scores.loss_TE.log();
+  return decision_of(choices_of(Choices(experts, choice)), tensor_of(Rows(experts, std::vector<double>(k, 1.0 / k))), scores);
+}
+
+struct Convention {
+  std::string name;
+  std::vector<Setting> settings;
+};
+
+const std::vector<Convention> kConventions = {
+    {"balance", {}},
+    {"balance", {{"counts", std::string("any_choice")}}},
+    {"balance", {{"counts", std::string("any_choice")}, {"divide_by_k", true}}},
+    {"balance", {{"counts", std::string("any_choice")}, {"layers", std::string("pooled")}}},
+    {"balance", {{"probabilities", std::string("noisy")}}},
+    {"importance", {}},
+    {"importance", {{"of", std::string("probabilities")}}},
+    {"importance", {{"variance", std::string("sample")}}},
+    {"load", {}},
+    {"load", {{"threshold", std::string("include_self")}, {"variance", std::string("sample")}}},
+    {"z", {}},
+    {"entropy", {}},
+};
+
+RouterEntry entry_with(const std::string& loss, std::map<std::string, OptionValue> options) {
+  RouterEntry entry;
+  entry.paper_losses = {{loss, 0.1, std::move(options)}};
+  return entry;
+}
+
+}  // namespace
+
+TEST_CASE("Every loss takes its landmark values at perfect balance and at collapse, for every E and k") {
+  for (const Convention& convention : kConventions)
+    for (const int64_t experts : {1, 2, 8})
+      for (const int64_t k : {1, 2, 8}) {
+        if (k > experts) continue;
+        CAPTURE(convention.name, convention.settings.size(), experts, k);
+        const auto loss = make_loss(convention.name, convention.settings);
+        const Landmarks marks = loss->landmarks(experts, k);
+        const RouteInput in = input_of(experts);
+        const double balance = value_of(*loss, in, balanced_decision(experts, k), experts).item<double>();
+        const double collapse = value_of(*loss, in, collapsed_decision(experts, k), experts).item<double>();
+        CHECK_THAT(balance, WithinAbs(marks.balance, 1e-12));
+        if (convention.name == "z") CHECK(std::isnan(marks.collapse));
+        else CHECK_THAT(collapse, WithinAbs(marks.collapse, 1e-12));
+      }
+}
+
+TEST_CASE("1.3 Switch and GShard count first choices: 1 at balance, E at top-1 collapse") {
+  const Landmarks marks = make_loss("balance")->landmarks(8, 1);
+  CHECK(marks.balance == 1);
+  CHECK(marks.collapse == 8);
+}
+
+TEST_CASE("1.3 flaxformer counts any of the k choices: k at balance, E at collapse") {
+  const Landmarks marks = make_loss("balance", {{"counts", std::string("any_choice")}})->landmarks(8, 2);
+  CHECK(marks.balance == 2);
+  CHECK(marks.collapse == 8);
+}
+
+TEST_CASE("1.3 Megatron and DeepSpeed top-k divide by k: E/(k·T²)·Σ count·Σp, 1 at balance") {
+  const Rows logits = {{2, 1, 0}, {1.5, 1.4, -1}, {.2, .1, 0}, {3, -1, 2}};
+  const std::vector<double> counts = {4, 3, 1}, mass = plain_column_sums(plain_softmax(logits));
+  double megatron = 0;
+  for (size_t e = 0; e < 3; ++e) megatron += 3.0 / (2 * 4 * 4) * counts[e] * mass[e];
+  const auto loss = make_loss("balance", {{"counts", std::string("any_choice")}, {"divide_by_k", true}});
+  const RouteOutput out = noisy_topk_decision(tensor_of(logits), {}, {}, 2);
+  CHECK_THAT(value_of(*loss, input_of(4), out, 3).item<double>(), WithinRel(megatron, 1e-12));
+  CHECK(loss->landmarks(8, 2).balance == 1);
+}
+
+TEST_CASE("1.3 Mixtral-style code pools all layers before f·P is formed: k at balance") {
+  const auto loss = make_loss("balance", {{"counts", std::string("any_choice")}, {"layers", std::string("pooled")}});
+  REQUIRE(loss->pooled_over_layers());
+  CHECK_FALSE(make_loss("balance")->pooled_over_layers());
+  const Rows one = {{2, 1, 0}, {1, 0, 3}}, two = {{0, 1, 5}, {-1, 2, 1}};
+  Rows both = one;
+  both.insert(both.end(), two.begin(), two.end());
+  const BareRouter router;
+  LossStatistics total;
+  for (const Rows& layer : {one, two}) {
+    const RouteOutput out = noisy_topk_decision(tensor_of(layer), {}, {}, 2);
+    const LossStatistics part = collect_statistics(*loss, LossScope::kStep, {input_of(2), out, router, 3}).front();
+    for (size_t i = 0; i < part.sums.size(); ++i)
+      total.sums.size() <= i ? total.sums.push_back(part.sums[i]) : void(total.sums[i] = total.sums[i].add(part.sums[i]));
+    total.rows += part.rows;
+  }
+  const Choices choices = {{0, 1}, {2, 0}, {2, 1}, {1, 2}};
+  CHECK_THAT(loss->value(total, router).item<double>(), WithinRel(plain_balance(choices, plain_softmax(both), 2), 1e-12));
+}
+
+TEST_CASE("1.3 sample variance is E/(E-1) times the population's") {
+  const Landmarks population = make_loss("importance")->landmarks(4, 1);
+  const Landmarks sample = make_loss("importance", {{"variance", std::string("sample")}})->landmarks(4, 1);
+  CHECK(population.collapse == 3);
+  CHECK(sample.collapse == 4);
+}
+
+TEST_CASE("The balance loss has no lower bound of 1: shares and probabilities may run against each other") {
+  Scores scores;
+  scores.loss_TE = tensor_of({{.51, .49}, {.51, .49}, {0, 1}});
+  const RouteOutput out = decision_of(choices_of({{0}, {0}, {1}}), tensor_of({{1}, {1}, {1}}), scores);
+  CHECK_THAT(value_of(*make_loss("balance"), input_of(3), out, 2).item<double>(), WithinAbs(2 * (2 * .34 / 3 + .66 / 3), 1e-12));
+}
+
+TEST_CASE("Choices are counted before drops and refusals, and -1 is no choice") {
+  Scores scores;
+  scores.loss_TE = tensor_of({{.5, .5}, {.5, .5}});
+  RouteOutput out = decision_of(choices_of({{0, 1}, {0, -1}}), tensor_of({{1, .5}, {1, 7}}), scores);
+  out.assignment.kept_TK = out.assignment.kept_TK.logical_and(out.assignment.choice_TK.eq(1));
+  const auto any = make_loss("balance", {{"counts", std::string("any_choice")}});
+  CHECK_THAT(value_of(*any, input_of(2), out, 2).item<double>(), WithinAbs(2 * (1 * .5 + .5 * .5), 1e-12));
+  CHECK_THAT(value_of(*make_loss("importance"), input_of(2), out, 2).item<double>(), WithinAbs(plain_cv2({2, .5}), 1e-12));
+}
+
+TEST_CASE("Where k varies, divide_by_k divides each row by its own number of choices") {
+  Scores scores;
+  scores.loss_TE = tensor_of({{.7, .2, .1}, {.3, .3, .4}});
+  RouteOutput out = decision_of(choices_of({{0, 1}, {2, -1}}), tensor_of({{.5, .5}, {1, 0}}), scores);
+  out.k = 0;
+  const auto loss = make_loss("balance", {{"counts", std::string("any_choice")}, {"divide_by_k", true}});
+  CHECK_THAT(value_of(*loss, input_of(2), out, 3).item<double>(), WithinAbs(3 * (.25 * .5 + .25 * .25 + .5 * .25), 1e-12));
+  CHECK(loss->landmarks(8, 0).balance == 1);
+  CHECK(std::isnan(make_loss("balance", {{"counts", std::string("any_choice")}})->landmarks(8, 0).balance));
+}
+
+TEST_CASE("Importance and load follow the router's paper unless the option is set") {
+  const RouteOutput out = noisy_topk_decision(tensor_of({{1, 0, -1}, {0, 2, 1}}), tensor_of({{1, 2, 1}, {1, 1, 1}}),
+                                              tensor_of({{.1, .2, 0}, {0, -1, 1}}), 2);
+  const RouteInput in = input_of(2);
+  const auto value = [&](const std::string& name, std::vector<Setting> settings, const RouterEntry& entry) {
+    return value_of(*make_loss(name, settings, entry), in, out, 3).item<double>();
+  };
+  const RouterEntry vmoe = entry_with("importance", {{"of", std::string("probabilities")}});
+  CHECK(value("importance", {}, vmoe) == value("importance", {{"of", std::string("probabilities")}}, {}));
+  CHECK(value("importance", {{"of", std::string("gates")}}, vmoe) == value("importance", {}, {}));
+  CHECK(value("importance", {}, vmoe) != value("importance", {}, {}));
+  const RouterEntry vmoe_load = entry_with("load", {{"threshold", std::string("include_self")}});
+  CHECK(value("load", {}, vmoe_load) == value("load", {{"threshold", std::string("include_self")}}, {}));
+  CHECK(value("load", {}, vmoe_load) != value("load", {}, {}));
+}
+
+TEST_CASE("Losses refuse routers that have nothing for them to read, and say so") {
+  auto& losses = Registry<LossEntry>::instance();
+  RouterFacts merge, scoreless;
+  merge.plan = PlanForm::kMerge;
+  scoreless.has_scores = false;
+  for (const char* counting : {"balance", "importance", "load"}) CHECK(losses.find(counting).refuses(merge) != "");
+  for (const char* scoring : {"balance", "z", "entropy"}) CHECK(losses.find(scoring).refuses(scoreless) != "");
+  for (const char* any : {"balance", "importance", "load", "z", "entropy"}) CHECK(losses.find(any).refuses({}) == "");
+  const RouteOutput bare = decision_of(choices_of({{0}}), tensor_of({{1}}), {});
+  for (const char* scoring : {"balance", "z", "entropy"}) CHECK_THROWS_AS(value_of(*make_loss(scoring), input_of(1), bare, 2), Error);
+}

@@ -1,0 +1,19 @@
+// Text from a model, sampled token by token with counter-based draws: the same seed writes the same text.
+#pragma once
+
+#include "core/model/model.h"
+
+#include <vector>
+
+namespace moelab {
+
+struct SampleSettings {
+  int64_t tokens = 200;
+  double temperature = 0.8;  // 0 = the most probable token
+  int64_t seed = 0;
+};
+
+// Continues `prompt` (at least one token). Stops where the model's context is full.
+std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& prompt, const SampleSettings& settings);
+
+}  // namespace moelab

@@ -1,0 +1,147 @@
+#include "trainers/settings.h"
+
+#include "core/error.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <numbers>
+
+namespace moelab {
+namespace {
+
+OptionSpecs top_level_options() {
+  return {
+      option("name", "run", "names the folder below runs/"),
+      option("seed", 0, "of everything random: data order, initial weights, noise").at_least(0),
+      option("plugins", "", "shared libraries with routers or experts of your own, separated by commas"),
+  };
+}
+
+OptionSpecs data_options(const OptionSpecs& own) {
+  OptionSpecs specs{option("name", "bytes", "which data set")};
+  specs.insert(specs.end(), own.begin(), own.end());
+  return specs;
+}
+
+OptimizerSettings read_optimizer(const Table& table) {
+  const Options o = table.options(optimizer_options());
+  return {o.text("name"), o.real("lr"), o.real("beta1"), o.real("beta2"), o.real("epsilon"), o.real("momentum"),
+          o.real("weight_decay"), o.real("router_lr_scale"), o.text("unused_experts") == "skip"};
+}
+
+}  // namespace
+
+OptionSpecs train_options() {
+  return {
+      option("steps", 200, "optimiser steps").at_least(0),
+      option("batch", 16, "sequences per step, over all micro-batches and ranks").at_least(1),
+      option("micro_batches", 1, "gradient accumulation: parts that a step's batch is computed in").at_least(1),
+      option("precision", "float32", "float32, or bf16 autocast with the router kept in float32").one_of({"float32", "bf16"}),
+      option("recompute", false, "recompute each block's activations in the backward pass"),
+      option("clip_norm", 1.0, "largest gradient norm; 0 = no clipping").at_least(0),
+      option("log_every", 10, "steps per line of metrics.jsonl").at_least(1),
+      option("threads", 0, "CPU threads; 0 = the library's choice").at_least(0),
+      option("objective", "task", "what one step computes"),
+      option("allow_noncausal_training", false, "train a causal model with a router that looks ahead; its loss is labelled so"),
+  };
+}
+
+OptionSpecs optimizer_options() {
+  return {
+      option("name", "adamw", "update rule").one_of({"adamw", "sgd"}),
+      option("lr", 1e-3, "peak learning rate").at_least(0),
+      option("beta1", 0.9, "adamw: decay of the first moment").between(0, 1),
+      option("beta2", 0.95, "adamw: decay of the second moment").between(0, 1),
+      option("epsilon", 1e-8, "adamw: added to the root of the second moment").at_least(0),
+      option("momentum", 0.9, "sgd: momentum").between(0, 1),
+      option("weight_decay", 0.1, "of matrices; vectors and embeddings are not decayed").at_least(0),
+      option("router_lr_scale", 1.0, "the routers' learning rate as a multiple of lr").at_least(0),
+      option("unused_experts", "zero_grad", "an expert without tokens gets a zero gradient (moments and decay go on), or is skipped")
+          .one_of({"zero_grad", "skip"}),
+  };
+}
+
+OptionSpecs schedule_options() {
+  return {
+      option("warmup_steps", 0, "steps of linear warm-up").at_least(0),
+      option("decay", "cosine", "what follows the warm-up").one_of({"cosine", "constant"}),
+      option("final_fraction", 0.1, "where the cosine ends, as a fraction of lr").between(0, 1),
+  };
+}
+
+OptionSpecs eval_options() {
+  return {
+      option("every", 0, "steps between evaluations; 0 = only at the end").at_least(0),
+      option("sequences", 0, "validation sequences of an evaluation during training; 0 = all").at_least(0),
+      option("baseline", "none", "models to report beside ours: none, or interpolated n-grams of bytes").one_of({"none", "ngram"}),
+  };
+}
+
+OptionSpecs checkpoint_options() {
+  return {
+      option("every", 0, "steps between checkpoints; 0 = only at the end").at_least(0),
+      option("keep_last", 2, "checkpoints to keep").at_least(1),
+  };
+}
+
+TrainSettings read_train_settings(const Table& root) {
+  const Options top = root.options(top_level_options(), root.keys());
+  const Table table = root.child("train");
+  const Options train = table.options(train_options());
+  const Options eval = root.child("eval").options(eval_options());
+  const Options checkpoint = root.child("checkpoint").options(checkpoint_options());
+  const Options schedule = root.child("schedule").options(schedule_options());
+  TrainSettings s;
+  s.seed = top.integer("seed");
+  s.steps = train.integer("steps");
+  s.batch = train.integer("batch");
+  s.micro_batches = train.integer("micro_batches");
+  s.bf16 = train.text("precision") == "bf16";
+  s.recompute = train.flag("recompute");
+  s.clip_norm = train.real("clip_norm");
+  s.log_every = train.integer("log_every");
+  s.threads = train.integer("threads");
+  s.objective = train.text("objective");
+  s.allow_noncausal_training = train.flag("allow_noncausal_training");
+  s.eval_every = eval.integer("every");
+  s.eval_sequences = eval.integer("sequences");
+  s.ngram_baselines = eval.text("baseline") == "ngram";
+  s.checkpoint_every = checkpoint.integer("every");
+  s.keep_last = checkpoint.integer("keep_last");
+  s.optimizer = read_optimizer(root.child("optimizer"));
+  s.schedule = {schedule.integer("warmup_steps"), schedule.text("decay"), schedule.real("final_fraction")};
+  if (s.batch % s.micro_batches != 0)
+    table.fail("micro_batches", fmt::format("batch = {} cannot be split into {} equal micro-batches", s.batch, s.micro_batches));
+  return s;
+}
+
+std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context) {
+  const Table table = root.child("data");
+  const std::string name = table.options(data_options({}), table.keys()).text("name");
+  if (!Registry<DatasetEntry>::instance().contains(name)) {
+    try {
+      Registry<DatasetEntry>::instance().find(name);
+    } catch (const Error& error) {
+      table.fail("name", error.what());
+    }
+  }
+  const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);
+  return make_dataset(name, {context, table.options(data_options(entry.options))});
+}
+
+void check_top_level(const Table& root) {
+  root.options(top_level_options(), {"extends", "model", "moe", "layer", "loss", "data", "train", "optimizer", "schedule", "eval",
+                                     "checkpoint", "route"});
+}
+
+double learning_rate(double peak, const ScheduleSettings& schedule, int64_t step, int64_t total_steps) {
+  if (step < schedule.warmup_steps) return peak * static_cast<double>(step + 1) / static_cast<double>(schedule.warmup_steps);
+  if (schedule.decay == "constant") return peak;
+  const auto span = static_cast<double>(std::max<int64_t>(1, total_steps - schedule.warmup_steps));
+  const double progress = static_cast<double>(step - schedule.warmup_steps) / span;
+  const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, progress)));
+  return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine);
+}
+
+}  // namespace moelab

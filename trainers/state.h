@@ -1,0 +1,21 @@
+// What a checkpoint keeps of a training run. Stacked expert parameters (and their moments) are written one name per global
+// expert, "layers.3.moe.experts.17.w_in", so that a file says nothing of how experts were spread.
+#pragma once
+
+#include "core/io/checkpoint.h"
+#include "core/model/model.h"
+#include "trainers/optimizer.h"
+
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimizer, nlohmann::json state);
+
+// Copies a checkpoint's tensors into the model and the optimiser. Throws Error(kData) naming the first tensor that is
+// missing, unknown, or of another shape or dtype; nothing has been changed then.
+void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& optimizer);
+void restore_model(const Checkpoint& checkpoint, const Model& model);
+
+}  // namespace moelab
