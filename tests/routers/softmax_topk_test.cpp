@@ -59,7 +59,7 @@ TEST_CASE("softmax before with renormalisation is softmax after, when nothing is
 }
 
 TEST_CASE("the three normalisations differ once a pair is dropped") {
-  // Row 1 chooses experts 0 and 1 like row 0, but each expert has one place: nothing of it is kept but expert 2 of row 2.
+  // Row 0 takes the only place of expert 0, so that row 1 keeps its second choice alone.
   const CapacityPolicy one{.mode = CapacityPolicy::Mode::kAbsolute, .value = 1};
   const Tensor z_TE = numbers({{3, 1, 0}, {3, 0, 1}});
   const auto kept_gate = [&](const char* renormalise) {
