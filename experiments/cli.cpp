@@ -100,8 +100,10 @@ int parse_and_run(CLI::App& app, int argc, char** argv) {
   return static_cast<int>(ExitCode::kUsage);
 }
 
+constexpr const char* kResultLost = "cannot write to standard output: is the disk full, or the reader gone?";
+
 void require_stdout_written() {
-  if (std::fflush(stdout) != 0 || std::ferror(stdout)) data_error("cannot write to standard output: is the disk full, or the reader gone?");
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) data_error(kResultLost);
 }
 
 }  // namespace
@@ -124,6 +126,7 @@ int run_program(int argc, char** argv) {
     std::fflush(stdout);
     return say_and_end(error.code(), error.what());
   } catch (const std::exception& error) {
+    if (std::ferror(stdout)) return say_and_end(ExitCode::kData, kResultLost);
     return say_and_end(ExitCode::kBug, fmt::format("a bug of ours, please report it with the command: {}", error.what()));
   }
 }

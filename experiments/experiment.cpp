@@ -1,5 +1,6 @@
 #include "experiments/experiment.h"
 
+#include "core/error.h"
 #include "core/io/files.h"
 #include "core/memory.h"
 #include "experiments/plugins.h"
@@ -21,6 +22,13 @@ std::string values_only(const Table& root) {
   return text;
 }
 
+// Before data are read.
+void require_objective(const Table& root, const std::string& name) try {
+  make_objective(name);
+} catch (const Error& error) {
+  root.child("train").fail("objective", error.what());
+}
+
 }  // namespace
 
 int64_t model_context(const Table& root) {
@@ -36,7 +44,7 @@ Experiment load_experiment(const Table& root) {
   e.name = root.options({option("name", "run", "")}, root.keys()).text("name");
   e.config_id = xxh3_hex(values_only(root)).substr(0, 8);
   e.train = read_train_settings(root);
-  make_objective(e.train.objective);  // refuses an unknown name before data are read
+  require_objective(root, e.train.objective);
   e.data = read_dataset(root, model_context(root));
   e.model = make_model(root, e.data->vocabulary(), e.train.seed, e.train.allow_noncausal_training);
   CorpusStatistics statistics{e.data->token_counts_V()};

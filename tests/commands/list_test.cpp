@@ -55,7 +55,8 @@ TEST_CASE("the options of a router say type, default, range and choices") {
   CHECK(k.at("default") == 2);
   CHECK(k.at("min") == 1);
   CHECK(k.at("max").is_null());
-  CHECK(entry_named(router.at("options"), "softmax").at("choices") == nlohmann::json{"before", "after"});
+  const std::vector<std::string> choices = entry_named(router.at("options"), "softmax").at("choices");
+  CHECK(choices == std::vector<std::string>({"before", "after"}));
   CHECK(router.at("facts").at("plan") == "sparse");
 }
 
