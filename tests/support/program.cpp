@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <fstream>
 #include <iterator>
 
@@ -28,6 +29,7 @@ ProgramResult run_program(const std::string& program, const std::vector<std::str
   std::vector<char*> argv{const_cast<char*>(program.c_str())};
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
+  std::fflush(nullptr);  // else the child would write our pending output once more
   const pid_t child = fork();
   if (child == 0) become_program(argv, folder.c_str(), out.c_str(), err.c_str());
   int status = 0;
