@@ -10,21 +10,29 @@ namespace {
 
 constexpr int kMaxConfigDepth = 64;  // of brackets, of dots in one key, and of the tree
 constexpr const char* kConfigTooDeep = "nested more than 64 deep";
+constexpr const char* kConfigNotAscii = "only quotes and comments may hold letters outside ASCII";
 
-// Stops texts whose tree is so deep that freeing it would overflow the stack: toml++ bounds brackets, but not dotted keys.
-// It only has to agree with TOML up to the first syntax error, where parsing ends anyway.
-class TomlDepthGuard {
+struct TomlFlaw {
+  size_t at;         // offset in the text
+  const char* what;  // nullptr: there is none
+};
+
+// Stops what toml++ 3.3 does not survive: trees so deep that freeing them overflows the stack (it bounds brackets, but not
+// dotted keys), and letters outside ASCII where a key or value is expected (its tables take them for unreachable). The walk
+// only has to agree with TOML up to the first syntax error, where parsing ends anyway.
+class TomlGuard {
  public:
-  explicit TomlDepthGuard(const std::string& text) : text_(text) {}
+  explicit TomlGuard(const std::string& text) : text_(text) {}
 
-  // The offset of the first character that is too deep, or npos.
-  size_t find() {
+  TomlFlaw find() {
+    if (text_.compare(0, 3, "\xEF\xBB\xBF") == 0) at_ = 3;  // the byte order mark
     while (at_ < text_.size()) {
       if (text_[at_] == '"' || text_[at_] == '\'') at_ = after_string(text_[at_]);
       else if (text_[at_] == '#') at_ = std::min(text_.find('\n', at_), text_.size());
-      else if (too_deep(text_[at_++])) return at_ - 1;
+      else if (static_cast<unsigned char>(text_[at_]) >= 0x80) return {at_, kConfigNotAscii};
+      else if (too_deep(text_[at_++])) return {at_ - 1, kConfigTooDeep};
     }
-    return std::string::npos;
+    return {at_, nullptr};
   }
 
  private:
@@ -112,9 +120,8 @@ std::string toml_message(std::string text) {
 
 ConfigNodePtr parse_toml(const std::string& text, const std::string& name, bool numbered) {
   if (text.size() > kMaxConfigBytes) config_fail({name}, "larger than 1 MiB, the limit of an experiment file");
-  const size_t too_deep = TomlDepthGuard(text).find();
-  if (too_deep != std::string::npos)
-    config_fail(numbered ? toml_place(text, name, too_deep) : ConfigPlace{name}, kConfigTooDeep);
+  const TomlFlaw flaw = TomlGuard(text).find();
+  if (flaw.what) config_fail(numbered ? toml_place(text, name, flaw.at) : ConfigPlace{name}, flaw.what);
   const TomlConverter converter(name, numbered);
   try {
     const toml::table root = toml::parse(std::string_view(text));

@@ -42,7 +42,7 @@ std::string real_text(double value) {
   return digits.find_first_not_of("-0123456789") == std::string::npos ? digits + ".0" : digits;
 }
 
-std::string escaped(unsigned char c) {
+std::string escaped_letter(unsigned char c) {
   if (c == '"' || c == '\\') return {'\\', static_cast<char>(c)};
   if (c == '\n') return "\\n";
   if (c == '\t') return "\\t";
@@ -51,7 +51,7 @@ std::string escaped(unsigned char c) {
 
 std::string quoted_text(const std::string& value) {
   std::string text = "\"";
-  for (const char c : value) text += escaped(static_cast<unsigned char>(c));
+  for (const char c : value) text += escaped_letter(static_cast<unsigned char>(c));
   return text + "\"";
 }
 

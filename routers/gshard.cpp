@@ -119,7 +119,7 @@ const Registration<RouterEntry> registration_gshard{{
     .title = "GShard: two experts, the second one at random",
     .citation = "Lepikhin et al., 2020, arXiv:2006.16668",
     .equation = "p = softmax(W x);  e1, e2 = top-2;  g_i = p_i / (p1 + p2);  e2 kept with probability min(1, g2/threshold)",
-    .facts = {.noisy_in_training = true},
+    .facts = {.noisy_in_training = true, .fixed_k = 2},
     .options = {option("second_expert", "random_2g", "in training: which second experts are kept").one_of(kSecondExpertNames),
                 option("second_expert_eval", "all", "the same in evaluation").one_of(kSecondExpertNames),
                 option("threshold", 0.5, "random_2g keeps where u < g2/threshold, threshold where g2 > threshold").between(0, 1),

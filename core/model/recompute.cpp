@@ -79,10 +79,10 @@ Tensor fresh_leaf(const Tensor& tensor, bool needs_gradient) {
 // Inputs are x, the carry (perhaps undefined), and every parameter of the block, so that the engine accumulates their
 // gradients as it does without recomputation.
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
-  static variable_list forward(AutogradContext* ctx, const variable_list& inputs, const c10::intrusive_ptr<RecomputeJob>& job) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::intrusive_ptr<RecomputeJob>& job) {
     job->first = job->run(inputs[0], inputs[1]);
     if (job->first.site) job->assignment = job->first.site->assignment;
-    ctx->save_for_backward(inputs);
+    ctx->save_for_backward(inputs.vec());
     ctx->saved_data["job"] = c10::IValue::make_capsule(job);
     variable_list outputs;
     // A sum may be a view of another (scope = "sequence"); outputs must stand alone.
@@ -134,7 +134,7 @@ BlockOutput forward_recomputed(const std::shared_ptr<const Block>& block, const 
   job->in.forced = nullptr;  // points into the caller's memory
   variable_list inputs{x_BLD, in.carry};
   for (const NamedTensor& parameter : block->parameters()) inputs.push_back(parameter.tensor);
-  const variable_list outputs = RecomputeFunction::apply(inputs, job);
+  const variable_list outputs = RecomputeFunction::apply(at::TensorList(inputs), job);
   BlockOutput out = std::move(job->first);
   const std::vector<Tensor*> parts = differentiable_parts(out);
   for (size_t i = 0; i < parts.size(); ++i) *parts[i] = outputs[i];

@@ -136,6 +136,9 @@ TEST_CASE("an empty file is an empty table") {
 TEST_CASE("text that is no UTF-8 is refused at its place") {
   CHECK(parse_complaint("a = 1\nb = \"\xff\"\n") == "2|exp.toml:2:5: encountered invalid utf-8 sequence");
   CHECK(parse_complaint("# caf\xe9\n").substr(0, 13) == "2|exp.toml:1:");
+  CHECK(parse_complaint("a = 1\n  größe = 2\n") ==
+        "2|exp.toml:2:5: only quotes and comments may hold letters outside ASCII");
+  CHECK(parse_complaint("\"größe\" = 'é' # ü\nb = \"\"\"\\\n  é\"\"\"\n") == "nothing");
   CHECK(parse_complaint(std::string("a = 1\0", 6)).substr(0, 13) == "2|exp.toml:1:");
 }
 

@@ -73,7 +73,8 @@ TEST_CASE("a table given as an override is merged") {
 }
 
 TEST_CASE("overrides reach into arrays by position") {
-  const Table root = parse_config(config_sample, "exp.toml", {"loss.1.coefficient=0.1", "layer.0.where=even", "train.words.0=z"});
+  const Table root = parse_config(config_sample, "exp.toml",
+                                  {"loss.1.coefficient=0.1", "layer.0.where=even", "train.words.0=z"});
   CHECK(root.array("loss")[1].options({{"coefficient", 0.0, ""}}, {"name"}).real("coefficient") == 0.1);
   CHECK(root.array("loss")[0].options({{"coefficient", 0.0, ""}}, {"name"}).real("coefficient") == 0.01);
   CHECK(root.array("layer")[0].options({{"where", std::string(), ""}}, {"moe"}).text("where") == "even");
