@@ -2,6 +2,7 @@
 
 #include "core/io/files.h"
 #include "core/memory.h"
+#include "experiments/plugins.h"
 #include "trainers/objective.h"
 
 #include <ATen/Context.h>
@@ -29,6 +30,7 @@ int64_t model_context(const Table& root) {
 
 Experiment load_experiment(const Table& root) {
   check_top_level(root);
+  load_plugins(root);
   Experiment e;
   e.root = root;
   e.name = root.options({option("name", "run", "")}, root.keys()).text("name");

@@ -1,7 +1,4 @@
 // The program. Everything it can do is a command of experiments/cli.h.
-#include <cstdio>
+#include "experiments/cli.h"
 
-int main() {
-  std::puts("moelab " MOELAB_VERSION);
-  return 0;
-}
+int main(int argc, char** argv) { return moelab::run_program(argc, argv); }

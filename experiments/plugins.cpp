@@ -1,0 +1,66 @@
+#include "experiments/plugins.h"
+
+#include "core/error.h"
+#include "core/io/files.h"
+#include "core/plugin.h"
+
+#include <CLI/StringTools.hpp>
+#include <dlfcn.h>
+#include <fmt/format.h>
+
+#include <filesystem>
+
+namespace moelab {
+namespace {
+
+// Put together at run time, so that the program itself holds no line of this kind.
+std::string plugin_fields(const std::string& path) {
+  const std::string bytes = read_file(path), mark = MOELAB_PLUGIN_MARK;
+  const size_t start = bytes.find(mark);
+  const size_t end = start == std::string::npos ? start : bytes.find('}', start);
+  if (end == std::string::npos)
+    usage_error(fmt::format("plugin '{}' does not say how it was built; put MOELAB_PLUGIN of core/plugin.h in one of its files", path));
+  return bytes.substr(start + mark.size(), end - start - mark.size());
+}
+
+void refuse_foreign_build(const std::string& path) {
+  const std::vector<std::string> ours = CLI::detail::split(MOELAB_PLUGIN_FIELDS(MOELAB_VERSION), ';');
+  std::vector<std::string> theirs = CLI::detail::split(plugin_fields(path), ';');
+  theirs.resize(ours.size());
+  for (size_t i = 0; i < ours.size(); ++i)
+    if (ours[i] != theirs[i])
+      usage_error(fmt::format("plugin '{}' was built with {}, this program with {}; build it again", path, theirs[i], ours[i]));
+}
+
+std::string folder_of_place(const std::string& place) {
+  const std::string file = place.substr(0, place.rfind(':', place.rfind(':') - 1));
+  return std::filesystem::path(file).parent_path().string();
+}
+
+std::string plugin_path(const Table& root, const std::string& written) {
+  const std::filesystem::path beside = std::filesystem::path(folder_of_place(root.place_of("plugins"))) / written;
+  return std::filesystem::exists(beside) ? beside.string() : written;
+}
+
+}  // namespace
+
+void load_plugin(const std::string& path) {
+  refuse_foreign_build(path);
+  const std::string whole = std::filesystem::absolute(path).string();  // a bare name would be searched for in the system
+  if (dlopen(whole.c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) usage_error(fmt::format("plugin '{}' cannot be loaded: {}", path, dlerror()));
+}
+
+void load_plugins(const Table& root) {
+  const std::string list = root.options({option("plugins", "", "")}, root.keys()).text("plugins");
+  for (const std::string& word : CLI::detail::split(list, ',')) {
+    const std::string written = CLI::detail::trim_copy(word);
+    if (written.empty()) continue;
+    try {
+      load_plugin(plugin_path(root, written));
+    } catch (const Error& error) {
+      root.fail("plugins", error.what());
+    }
+  }
+}
+
+}  // namespace moelab
