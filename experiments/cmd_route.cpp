@@ -2,6 +2,7 @@
 #include "experiments/cli.h"
 
 #include "core/error.h"
+#include "experiments/plugins.h"
 #include "experiments/route_result.h"
 #include "experiments/route_signature.h"
 #include "trainers/settings.h"
@@ -74,6 +75,7 @@ RouteResults route_tensors(const Table& root, RouteFile& file, const RouteArgume
 void route(const RouteArguments& arguments) {
   const Table root = load_config(arguments.config, arguments.overrides);
   check_top_level(root);
+  load_plugins(root);
   if (arguments.signature) {
     fmt::print("{}\n", route_signature(root).dump(2));
     return;
