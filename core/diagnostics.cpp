@@ -141,7 +141,8 @@ std::map<std::string, double> metrics_of(const RoutingRecord& record) {
 const std::vector<MetricDoc>& metric_docs() {
   static const std::vector<MetricDoc> docs = {
       {"load_cv2", "Var(c)/mean(c)²", "0 … E/k-1", "imbalance; uniform random routing gives (E-k)/(kT), never 0 [B1]"},
-      {"max_violation", "(max c - mean c)/mean c", "0 … E/k-1", "excess of the fullest expert; random routing: about √(2 ln E · CV²) [B5]"},
+      {"max_violation", "(max c - mean c)/mean c", "0 … E/k-1",
+       "excess of the fullest expert; random routing: about √(2 ln E · CV²) [B5]"},
       {"max_over_mean", "max c/mean c", "1 … E/k", "how much longer the fullest expert works than an even share [B6]"},
       {"min_over_mean", "min c/mean c", "0 … 1", "near 0: an expert starves [B7]"},
       {"load_entropy", "-Σ f ln f/ln E", "ln k/ln E … 1", "evenness of the load; 1 for E = 1 [B9]"},

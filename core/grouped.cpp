@@ -11,6 +11,8 @@
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <optional>
+
 namespace moelab {
 namespace {
 
@@ -66,11 +68,13 @@ Tensor grouped_bias_grad(const Tensor& grad_NO, int64_t experts, const Tensor& o
   return grad_EO;
 }
 
+// The bias comes last: an absent one is no input of the graph.
 struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& bias_EO,
-                        const Tensor& offsets_E1) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& offsets_E1,
+                        const std::optional<Tensor>& bias_EO) {
     ctx->save_for_backward({x_ND, weight_EOD, offsets_E1});
-    return grouped_outputs(x_ND, weight_EOD, bias_EO, offsets_E1);
+    ctx->saved_data["bias"] = bias_EO.has_value();
+    return grouped_outputs(x_ND, weight_EOD, bias_EO.value_or(Tensor()), offsets_E1);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -78,10 +82,11 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x_ND = saved[0], &weight_EOD = saved[1], &offsets_E1 = saved[2];
     const Tensor grad_NO = grads[0].contiguous();  // a sum's gradient comes with strides 0
+    const bool bias = ctx->saved_data["bias"].toBool();
     variable_list out(4);
     if (ctx->needs_input_grad(0)) out[0] = grouped_input_grad(grad_NO, weight_EOD, offsets_E1);
     if (ctx->needs_input_grad(1)) out[1] = grouped_weight_grad(grad_NO, x_ND, weight_EOD, offsets_E1);
-    if (ctx->needs_input_grad(2)) out[2] = grouped_bias_grad(grad_NO, weight_EOD.size(0), offsets_E1);
+    if (bias && ctx->needs_input_grad(3)) out[3] = grouped_bias_grad(grad_NO, weight_EOD.size(0), offsets_E1);
     return out;
   }
 };
@@ -98,8 +103,9 @@ Tensor grouped_autocast(const Tensor& tensor) {
 Tensor grouped_linear(const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& bias_EO, const Tensor& offsets_E1) {
   check_invariant(offsets_E1.numel() == weight_EOD.size(0) + 1, "grouped_linear: one offset per expert and one more expected");
   check_invariant(offsets_E1.const_data_ptr<int64_t>()[weight_EOD.size(0)] == x_ND.size(0), "grouped_linear: the offsets do not end at the last row");
-  const Tensor bias = bias_EO.defined() ? grouped_autocast(bias_EO) : Tensor();
-  return GroupedLinear::apply(grouped_autocast(x_ND).contiguous(), grouped_autocast(weight_EOD), bias, offsets_E1);
+  const Tensor x = grouped_autocast(x_ND).contiguous(), weight = grouped_autocast(weight_EOD);
+  if (!bias_EO.defined()) return GroupedLinear::apply(x, weight, offsets_E1, std::nullopt);
+  return GroupedLinear::apply(x, weight, offsets_E1, grouped_autocast(bias_EO));
 }
 
 }  // namespace moelab

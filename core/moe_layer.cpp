@@ -211,7 +211,7 @@ Tensor MoELayer::shared_output(const Tensor& x_TD) const {
 LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
   LayerOutput out;
   out.routed = decide(in, state);
-  out.y_TD = execute(out.routed.plan, *site_.bank, {in.x_TD, in.sequence_T, in.cu_seqlens_B1, {}, cache, in.training()},
+  out.y_TD = execute(out.routed.plan, *site_.bank, {in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training()},
                      settings_.execution);
   const Tensor shared_TD = shared_output(in.x_TD);
   if (shared_TD.defined()) out.y_TD = out.y_TD.add(shared_TD);

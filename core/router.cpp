@@ -1,6 +1,7 @@
 #include "core/router.h"
 
 #include "core/error.h"
+#include "core/registry_impl.h"
 
 #include <fmt/format.h>
 
@@ -86,5 +87,7 @@ OptionSpec renormalise_option(const char* default_value) {
   return option("renormalise", default_value, "divide a row's gates by their sum: never, over all choices, or over the survivors")
       .one_of({"none", "before_drop", "after_drop"});
 }
+
+template class Registry<RouterEntry>;
 
 }  // namespace moelab

@@ -24,7 +24,7 @@ void add_docs_command(CLI::App& app);
 void add_ckpt_command(CLI::App& app);
 void add_completion_command(CLI::App& app);
 
-// "did you mean" and remedy for words that no command takes.
+// The verbs below `app`, for suggestions and completion.
 std::vector<std::string> verb_names(const CLI::App& app);
 
 }  // namespace moelab

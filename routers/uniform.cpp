@@ -31,7 +31,8 @@ const Registration<RouterEntry> registration_uniform{{
     .title = "Control: round robin by position",
     .citation = "a control, no paper",
     .equation = "choices of position t: t mod E, …, (t+k-1) mod E;  gate = 1/k",
-    .facts = {.learned = false, .differentiable_gate = false, .permutation_equivariant = false},
+    .facts = {.learned = false, .differentiable_gate = false, .permutation_equivariant = false,
+              .has_scores = false},
     .options = {k_option(1)},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<UniformRouter>(spec); },
 }};

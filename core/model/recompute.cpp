@@ -47,16 +47,20 @@ struct RecomputeJob : torch::CustomClassHolder {
   std::shared_ptr<const Block> block;
   std::shared_ptr<const BatchRows> rows;
   RouteInput in;
+  bool carries = false;
   Assignment assignment;  // made by the first pass
   AutocastScope::State autocast{false, at::kFloat};
   BlockOutput first;      // of the first pass; taken by forward_recomputed
 
-  BlockOutput run(const Tensor& x_BLD, const Tensor& carry) const {
-    const AutocastScope scope(x_BLD.device().type(), autocast);
+  // Inputs before the parameters: x, and the carry where there is one.
+  size_t activations() const { return carries ? 2 : 1; }
+
+  BlockOutput run(at::TensorList inputs) const {
+    const AutocastScope scope(inputs[0].device().type(), autocast);
     RouteInput again = in;
-    again.carry = carry;
+    if (carries) again.carry = inputs[1];
     if (assignment.defined()) again.forced = &assignment;
-    return block->forward(x_BLD, *rows, std::move(again));
+    return block->forward(inputs[0], *rows, std::move(again));
   }
 };
 
@@ -71,16 +75,11 @@ std::vector<Tensor*> differentiable_parts(BlockOutput& out) {
   return parts;
 }
 
-// A leaf with the same values, or undefined.
-Tensor fresh_leaf(const Tensor& tensor, bool needs_gradient) {
-  return tensor.defined() ? tensor.detach().requires_grad_(needs_gradient) : Tensor();
-}
-
-// Inputs are x, the carry (perhaps undefined), and every parameter of the block, so that the engine accumulates their
-// gradients as it does without recomputation.
+// Inputs are x, the carry where there is one, and every parameter of the block, so that the engine accumulates their gradients
+// as it does without recomputation. (An undefined tensor must not be among them: the engine asks each for its device.)
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::intrusive_ptr<RecomputeJob>& job) {
-    job->first = job->run(inputs[0], inputs[1]);
+    job->first = job->run(inputs);
     if (job->first.site) job->assignment = job->first.site->assignment;
     ctx->save_for_backward(inputs.vec());
     ctx->saved_data["job"] = c10::IValue::make_capsule(job);
@@ -93,9 +92,9 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const auto job = c10::static_intrusive_pointer_cast<RecomputeJob>(ctx->saved_data["job"].toCapsule());
     variable_list inputs = ctx->get_saved_variables();
-    for (size_t i = 0; i < 2; ++i) inputs[i] = fresh_leaf(inputs[i], inputs[i].defined() && inputs[i].requires_grad());
+    for (size_t i = 0; i < job->activations(); ++i) inputs[i] = inputs[i].detach().requires_grad_(inputs[i].requires_grad());
     const at::AutoGradMode with_graph(true);
-    BlockOutput again = job->run(inputs[0], inputs[1]);
+    BlockOutput again = job->run(inputs);
     variable_list result = gradients_of(differentiable_parts(again), gradients, inputs);
     result.emplace_back();  // the job
     return result;
@@ -110,12 +109,12 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
       root_gradients.push_back(gradients[i]);
     }
     for (const Tensor& input : inputs)
-      if (input.defined() && input.requires_grad()) leaves.push_back(input);
+      if (input.requires_grad()) leaves.push_back(input);
     variable_list found;
     if (!roots.empty()) found = torch::autograd::grad(roots, leaves, root_gradients, std::nullopt, false, /*allow_unused=*/true);
     variable_list result(inputs.size());
     for (size_t i = 0, next = 0; i < inputs.size() && !found.empty(); ++i)
-      if (inputs[i].defined() && inputs[i].requires_grad()) result[i] = found[next++];
+      if (inputs[i].requires_grad()) result[i] = found[next++];
     return result;
   }
 };
@@ -132,7 +131,9 @@ BlockOutput forward_recomputed(const std::shared_ptr<const Block>& block, const 
   job->autocast = AutocastScope::current(x_BLD.device().type());
   if (in.forced) job->assignment = *in.forced;
   job->in.forced = nullptr;  // points into the caller's memory
-  variable_list inputs{x_BLD, in.carry};
+  job->carries = in.carry.defined();
+  variable_list inputs{x_BLD};
+  if (job->carries) inputs.push_back(in.carry);
   for (const NamedTensor& parameter : block->parameters()) inputs.push_back(parameter.tensor);
   const variable_list outputs = RecomputeFunction::apply(at::TensorList(inputs), job);
   BlockOutput out = std::move(job->first);

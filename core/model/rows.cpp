@@ -32,7 +32,7 @@ BatchRows::BatchRows(const Batch& batch, int64_t first)
     index_T_ = real_BL.reshape({-1}).nonzero().squeeze(1);
   }
   const auto rows_of = [&](const Tensor& entry_BL) {
-    const Tensor flat = entry_BL.reshape({-1});
+    const Tensor flat = entry_BL.reshape({-1}).contiguous();  // one expanded sequence reshapes to a view of stride 0
     return index_T_.defined() ? flat.index_select(0, index_T_) : flat;
   };
   const auto per_sequence = [&](const Tensor& entry_B) { return rows_of(entry_B.cpu().unsqueeze(1).expand({batch_, length_})); };

@@ -134,7 +134,8 @@ TEST_CASE("The balance loss has no lower bound of 1: shares and probabilities ma
   Scores scores;
   scores.loss_TE = tensor_of({{.51, .49}, {.51, .49}, {0, 1}});
   const RouteOutput out = decision_of(choices_of({{0}, {0}, {1}}), tensor_of({{1}, {1}, {1}}), scores);
-  CHECK_THAT(value_of(*make_loss("balance"), input_of(3), out, 2).item<double>(), WithinAbs(2 * (2 * .34 / 3 + .66 / 3), 1e-12));
+  const double below_one = 2 * (2. / 3 * .34 + 1. / 3 * .66);
+  CHECK_THAT(value_of(*make_loss("balance"), input_of(3), out, 2).item<double>(), WithinAbs(below_one, 1e-12));
 }
 
 TEST_CASE("Choices are counted before drops and refusals, and -1 is no choice") {
@@ -183,5 +184,6 @@ TEST_CASE("Losses refuse routers that have nothing for them to read, and say so"
   for (const char* scoring : {"balance", "z", "entropy"}) CHECK(losses.find(scoring).refuses(scoreless) != "");
   for (const char* any : {"balance", "importance", "load", "z", "entropy"}) CHECK(losses.find(any).refuses({}) == "");
   const RouteOutput bare = decision_of(choices_of({{0}}), tensor_of({{1}}), {});
-  for (const char* scoring : {"balance", "z", "entropy"}) CHECK_THROWS_AS(value_of(*make_loss(scoring), input_of(1), bare, 2), Error);
+  for (const char* scoring : {"balance", "z", "entropy"})
+    CHECK_THROWS_AS(value_of(*make_loss(scoring), input_of(1), bare, 2), Error);
 }

@@ -2,6 +2,7 @@
 #include "model_fixture.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <catch2/catch_test_macros.hpp>
 
 using namespace moelab;

@@ -1,6 +1,7 @@
 #include "model_fixture.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <stdexcept>
 

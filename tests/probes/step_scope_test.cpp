@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kRanks = 2, kMicro = 4;
 constexpr int64_t kWidth = 3, kExperts = 4;
-const std::vector<int64_t> kCuts = {0, 4, 11, 11, 15, 20, 28, 29, 36};  // micro-batch m of rank r is number 4r + m; one is empty
+const std::vector<int64_t> kCuts = {0, 4, 11, 11, 15, 20, 28, 29, 36};  // micro-batch m of rank r is the (4r + m)th
 
 Tensor seeded(uint64_t seed, int64_t rows, int64_t columns) {
   std::mt19937_64 bits(seed);
