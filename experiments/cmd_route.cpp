@@ -67,7 +67,8 @@ RouteResults route_tensors(const Table& root, RouteFile& file, const RouteArgume
   for (size_t i = 0; i < values.size(); ++i) results.push_back({"loss." + site.losses[i].label, values[i]});
   add_state(results, "", tensors_of(*layer), without_axis);
   add_probes(results, out.routed, *site.router, rows);
-  if (arguments.grad) add_gradients(results, *layer, x_TD, route_objective(file, rows, out.y_TD, values, site.losses), without_axis);
+  if (arguments.grad)
+    add_gradients(results, *layer, x_TD, route_objective(file, rows, out.y_TD, values, site.losses), without_axis);
   if (arguments.end_step) add_end_step(results, *layer, out.routed, rows.in.step);
   return results;
 }

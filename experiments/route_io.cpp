@@ -13,10 +13,6 @@
 namespace moelab {
 namespace {
 
-bool is_number(const std::string& word) {
-  return !word.empty() && std::all_of(word.begin(), word.end(), [](unsigned char c) { return c >= '0' && c <= '9'; });
-}
-
 bool kind_fits(TensorKind kind, at::ScalarType type) {
   switch (kind) {
     case TensorKind::kFloat: return type == at::kFloat || type == at::kDouble;
@@ -36,6 +32,10 @@ const char* kind_text(TensorKind kind) {
 }
 
 }  // namespace
+
+bool is_size_number(const std::string& word) {
+  return !word.empty() && std::all_of(word.begin(), word.end(), [](unsigned char c) { return c >= '0' && c <= '9'; });
+}
 
 std::string dtype_word(at::ScalarType type) {
   switch (type) {
@@ -79,7 +79,7 @@ void RouteFile::refuse_unknown(const std::set<std::string>& known) const {
 
 std::vector<int64_t> RouteFile::numbers(const ShapeWords& shape) const {
   std::vector<int64_t> sizes;
-  for (const std::string& word : shape) sizes.push_back(is_number(word) ? std::stoll(word) : sizes_.at(word));
+  for (const std::string& word : shape) sizes.push_back(is_size_number(word) ? std::stoll(word) : sizes_.at(word));
   return sizes;
 }
 
@@ -99,7 +99,8 @@ ShapeWords RouteFile::check(const AcceptedTensor& accepted) const {
 }
 
 void RouteFile::fail_shape(const std::string& name, const std::string& wanted) const {
-  usage_error(fmt::format("'{}': tensor '{}' has shape {}, wanted {}", path_, name, shape_text(find(name).sizes().vec()), wanted));
+  const std::string got = shape_text(find(name).sizes().vec());
+  usage_error(fmt::format("'{}': tensor '{}' has shape {}, wanted {}", path_, name, got, wanted));
 }
 
 void RouteFile::fail_dtype(const std::string& name, const std::string& wanted) const {

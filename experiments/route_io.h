@@ -56,6 +56,7 @@ class RouteFile {
   std::map<std::string, int64_t> sizes_;
 };
 
+bool is_size_number(const std::string& word);                 // a number, not the name of a size
 std::string dtype_word(at::ScalarType type);                  // "float32"
 std::string shape_text(const std::vector<int64_t>& shape);    // "[4, 3]"
 

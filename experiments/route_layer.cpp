@@ -59,7 +59,8 @@ void add_shape(std::vector<ShapeWords>& shapes, ShapeWords shape) {
 AcceptedTensor accepted_noise(const Router& router) {
   const RouterSpec& spec = router.spec();
   const std::string& own = router.entry().noise_shape;
-  AcceptedTensor noise{"noise", route_shapes_in(own, spec), TensorKind::kFloat, "the raw draw, before the router scales it: " + own};
+  AcceptedTensor noise{"noise", route_shapes_in(own, spec)};
+  noise.meaning = "the raw draw, before the router scales it: " + own;
   if (own.find("int64") != std::string::npos) noise.kind = TensorKind::kIndex;
   if (spec.noise.kind == NoiseSpec::Kind::kNormal) add_shape(noise.shapes, {"T", std::to_string(spec.max_experts)});
   if (spec.noise.kind == NoiseSpec::Kind::kJitter) add_shape(noise.shapes, {"T", "D"});
@@ -103,7 +104,8 @@ int64_t number_sequences(RouteInput& in) {
   const auto* id = in.sequence_key_T.const_data_ptr<int64_t>();
   auto* sequence = in.sequence_T.mutable_data_ptr<int64_t>();
   std::map<int64_t, int64_t> number;
-  for (int64_t t = 0; t < rows; ++t) sequence[t] = number.try_emplace(id[t], static_cast<int64_t>(number.size())).first->second;
+  for (int64_t t = 0; t < rows; ++t)
+    sequence[t] = number.try_emplace(id[t], static_cast<int64_t>(number.size())).first->second;
   return static_cast<int64_t>(number.size());
 }
 

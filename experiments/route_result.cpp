@@ -21,13 +21,15 @@ void add_sparse(RouteResults& results, const SparsePlan& plan, const RoutedRows&
 // Materialised: each row's weights on the slots of its own sequence, and what the experts read.
 void add_soft(RouteResults& results, const SoftPlan& plan, const RoutedRows& rows) {
   const int64_t slots = plan.experts * plan.slots_per_expert;
-  Tensor dispatch_TS = at::zeros({rows.in.rows(), slots}, plan.query_TD.options().requires_grad(false)), combine_TS = dispatch_TS.clone();
+  Tensor dispatch_TS = at::zeros({rows.in.rows(), slots}, plan.query_TD.options().requires_grad(false));
+  Tensor combine_TS = dispatch_TS.clone();
   std::vector<Tensor> slots_of_sequence;
   for (int64_t b = 0; b < plan.sequences; ++b) {
     const SoftMatrices matrices = soft_matrices(plan, b);
     dispatch_TS.index_copy_(0, matrices.row_M, matrices.dispatch_MS.detach());
     combine_TS.index_copy_(0, matrices.row_M, matrices.combine_MS.detach());
-    slots_of_sequence.push_back(matrices.dispatch_MS.detach().t().matmul(rows.in.x_TD.detach().index_select(0, matrices.row_M)));
+    const Tensor x_MD = rows.in.x_TD.detach().index_select(0, matrices.row_M);
+    slots_of_sequence.push_back(matrices.dispatch_MS.detach().t().matmul(x_MD));
   }
   results.push_back({"dispatch", rows.in_file_rows(dispatch_TS)});
   results.push_back({"combine", rows.in_file_rows(combine_TS)});

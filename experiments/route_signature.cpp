@@ -4,8 +4,6 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-
 namespace moelab {
 namespace {
 
@@ -26,8 +24,7 @@ json size_word(int64_t small, int64_t large) {
 json words_json(const ShapeWords& shape) {
   json words = json::array();
   for (const std::string& word : shape) {
-    const bool number = !word.empty() && std::all_of(word.begin(), word.end(), [](unsigned char c) { return c >= '0' && c <= '9'; });
-    if (number) words.push_back(std::stoll(word));
+    if (is_size_number(word)) words.push_back(std::stoll(word));
     else words.push_back(word);
   }
   return words;
@@ -52,13 +49,15 @@ json state_entry(const Tensor& small, const Tensor& large, const std::string& na
 }
 
 void add_entries(json& list, const std::vector<NamedTensor>& small, const std::vector<NamedTensor>& large, const char* what) {
-  for (size_t i = 0; i < small.size(); ++i) list.push_back(state_entry(small[i].tensor, large[i].tensor, small[i].name, what));
+  for (size_t i = 0; i < small.size(); ++i)
+    list.push_back(state_entry(small[i].tensor, large[i].tensor, small[i].name, what));
 }
 
 }  // namespace
 
 json route_signature(const Table& root) {
-  const auto small = make_route_layer(root, kSmallWidth, at::kFloat), large = make_route_layer(root, kLargeWidth, at::kFloat);
+  const auto small = make_route_layer(root, kSmallWidth, at::kFloat);
+  const auto large = make_route_layer(root, kLargeWidth, at::kFloat);
   json list = json::array();
   for (const AcceptedTensor& input : accepted_inputs(*small)) add_input(list, input);
   add_entries(list, small->parameters(), large->parameters(), "parameter; default: its initial value");

@@ -139,7 +139,6 @@ TEST_CASE("route replaces nothing and leaves nothing when it fails, and replaces
   const Layer layer = small_layer();
   const RouteFolder folder;
   folder.write("exp.toml", toml_of(layer));
-  folder.write("out.safetensors.txt", "");
   write_safetensors(folder.file("in.safetensors"), file_tensors(random_inputs(layer)));
   REQUIRE(folder.run("--train").code == 0);
   CHECK(folder.run("--train --grad").tensors.count("grad.x") == 1);

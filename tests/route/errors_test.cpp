@@ -136,7 +136,7 @@ TEST_CASE("route ignores noise that the mode does not use, with one warning") {
   eval.train = false;
   const RouteRun run = run_layer(eval, arrays);
   CHECK(run.code == 0);
-  CHECK(run.err == "moelab: warning: 'in.safetensors': noise and noise.capacity ignored, router 'noisy_topk' draws nothing of the kind in eval mode\n");
+  CHECK(run.err == "moelab: warning: 'in.safetensors': noise and noise.capacity ignored, router 'noisy_topk' draws nothing of the kind in evaluation mode\n");
   arrays.erase("noise.capacity");
   CHECK(run_layer(noisy, arrays).err.empty());
 }
