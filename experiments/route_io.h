@@ -20,7 +20,7 @@ struct AcceptedTensor {
   std::string name;
   std::vector<ShapeWords> shapes;
   TensorKind kind = TensorKind::kFloat;
-  std::string meaning;
+  std::string meaning = {};
 };
 
 class RouteFile {
