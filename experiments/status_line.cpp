@@ -69,7 +69,7 @@ void StatusLine::show(const std::string& text) {
     fmt::print(stderr, "{}\n", text);
     return;
   }
-  fmt::print(stderr, color_ ? "\r\033[K\033[36m{}\033[0m" : "\r\033[K{}", text);
+  fmt::print(stderr, "\r\033[K{}{}{}", color_ ? "\033[36m" : "", text, color_ ? "\033[0m" : "");
   std::fflush(stderr);
   open_ = true;
 }
