@@ -4,15 +4,12 @@
 
 #include "core/expert.h"
 #include "core/params.h"
-
-#include <nlohmann/json_fwd.hpp>
+#include "experiments/json.h"
 
 #include <string>
 #include <vector>
 
 namespace moelab {
-
-using Json = nlohmann::ordered_json;
 
 struct Kind {
   std::string name;  // "routers"

@@ -13,8 +13,6 @@
 namespace moelab {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
 Json landmark_json(double value) { return std::isnan(value) ? Json(nullptr) : Json(value); }
 
 int64_t bytes_of(const std::vector<NamedTensor>& tensors) {

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "experiments/experiment.h"
-
-#include <nlohmann/json_fwd.hpp>
+#include "experiments/json.h"
 
 namespace moelab {
 
-nlohmann::ordered_json check_report(const Experiment& experiment);
-std::string check_text(const nlohmann::ordered_json& report);
+Json check_report(const Experiment& experiment);
+std::string check_text(const Json& report);
 
 }  // namespace moelab

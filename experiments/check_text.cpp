@@ -9,8 +9,6 @@
 namespace moelab {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
 std::string mib(const Json& bytes) { return fmt::format("{:.1f} MiB", bytes.get<double>() / (1 << 20)); }
 std::string number_text(const Json& value) { return value.is_null() ? "-" : fmt::format("{:.4g}", value.get<double>()); }
 

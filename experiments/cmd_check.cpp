@@ -20,12 +20,12 @@ struct CheckArguments {
 };
 
 void print_refusal(const Error& error) {
-  const nlohmann::ordered_json refusal{{"refusals", {error.what()}}};
+  const Json refusal{{"refusals", {error.what()}}};
   fmt::print("{}\n", refusal.dump(2));
 }
 
 void run_check(const CheckArguments& arguments) try {
-  const nlohmann::ordered_json report = check_report(load_experiment(load_config(arguments.path, arguments.overrides)));
+  const Json report = check_report(load_experiment(load_config(arguments.path, arguments.overrides)));
   fmt::print("{}", arguments.json ? report.dump(2) + "\n" : check_text(report));
 } catch (const Error& error) {
   if (arguments.json) print_refusal(error);

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kExampleExperts = 8;
 constexpr int64_t kExampleWidth = 16;
 
-Json number_or_null(double value) { return std::isnan(value) ? Json(nullptr) : Json(value); }
+Json example_value(double value) { return std::isnan(value) ? Json(nullptr) : Json(value); }
 
 RouterSpec default_spec(const RouterEntry& entry) {
   RouterSpec spec;
@@ -60,8 +60,8 @@ Json paper_loss_json(const PaperLoss& paper, const RouterEntry& router, int64_t 
   const Landmarks marks = entry.make(options, router)->landmarks(kExampleExperts, k);
   return {{"name", paper.name},
           {"coefficient", paper.coefficient},
-          {"at_balance", number_or_null(marks.balance)},
-          {"at_collapse", number_or_null(marks.collapse)},
+          {"at_balance", example_value(marks.balance)},
+          {"at_collapse", example_value(marks.collapse)},
           {"options", settings_text(paper.options)}};
 }
 
@@ -116,7 +116,7 @@ Json loss_details(const std::string& name) {
   Json values = Json::array();
   for (const int64_t k : {int64_t{1}, int64_t{2}}) {
     const Landmarks marks = loss->landmarks(kExampleExperts, k);
-    values.push_back({{"experts", kExampleExperts}, {"k", k}, {"at_balance", number_or_null(marks.balance)}, {"at_collapse", number_or_null(marks.collapse)}});
+    values.push_back({{"experts", kExampleExperts}, {"k", k}, {"at_balance", example_value(marks.balance)}, {"at_collapse", example_value(marks.collapse)}});
   }
   return {{"equation", entry.equation}, {"values", values}, {"attaches_to", attachments_json(entry)}};
 }

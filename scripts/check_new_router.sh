@@ -1,50 +1,57 @@
 #!/usr/bin/env bash
-# Shows that `moelab new router` starts a router without editing any other file: the skeleton compiles and is listed, its run
-# and its test fail until the rule is written, and pass afterwards. Works in a copy of the checkout, so that neither the sources
-# nor the build of this one change; compiled objects come from ccache where it is found.
+# Shows that `moelab new router` starts a router without any other file edited: the skeleton compiles and is listed, its run
+# and its test fail until the rule is written, and pass afterwards.
 #
-#   scripts/check_new_router.sh [preset]      default dev
+#   scripts/check_new_router.sh [preset]           in a copy of the checkout, with a build of its own (default preset: dev)
+#   scripts/check_new_router.sh --here [preset]    in this checkout and its build, quicker; what it wrote is removed at the end
 set -euo pipefail
-PRESET=${1:-dev}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
-COPY=$(mktemp -d)
-trap 'rm -rf "$COPY"' EXIT
+SCRATCH=$(mktemp -d)
+ROOT=$SCRATCH/checkout
+[ "${1:-}" = --here ] && { ROOT=$HERE; shift; }
+PRESET=${1:-dev}
+BUILD=$ROOT/build/$PRESET
+[ "$PRESET" = release ] && BUILD=$ROOT/build
+WRITTEN=()
 
 say()  { printf 'check_new_router: %s\n' "$*" >&2; }
 fail() { say "FAILED: $*"; exit 1; }
+clean_up() { rm -rf "$SCRATCH" "${WRITTEN[@]}"; }
+trap clean_up EXIT
 
-# The commit's files and the changes on top of it, without builds.
-copy_checkout() { (cd "$HERE" && git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf -) | tar -xf - -C "$COPY"; }
+# The commit's files with the changes on top of it, without builds.
+copy_checkout() { mkdir "$ROOT"; (cd "$HERE" && git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf -) | tar -xf - -C "$ROOT"; }
 
-BUILD=$COPY/build/$PRESET
-[ "$PRESET" = release ] && BUILD=$COPY/build
-build() { cmake --build --preset "$PRESET" --target moelab test_routers > "$COPY/build.log" 2>&1 || { tail -40 "$COPY/build.log" >&2; fail "$1"; }; }
-its_test_passes() { OMP_NUM_THREADS=1 "$BUILD/tests/test_routers" 'mine decides the worked case' > "$COPY/test.log" 2>&1; }
+configure() { cmake --preset "$PRESET" > "$SCRATCH/configure.log" 2>&1 || fail "cmake: $(tail -3 "$SCRATCH/configure.log")"; }
+build() { cmake --build --preset "$PRESET" --target moelab test_routers > "$SCRATCH/build.log" 2>&1 || { tail -40 "$SCRATCH/build.log" >&2; fail "$1"; }; }
+test_passes() { OMP_NUM_THREADS=1 "$(find "$BUILD" -name test_routers -type f)" 'mine decides the worked case' > "$SCRATCH/test.log" 2>&1; }
+run_ends_with() { local code=0; "$BUILD/moelab" run experiments/routers/mine.toml --quiet --out "$SCRATCH/run$1" > /dev/null 2> "$SCRATCH/run.err" || code=$?; [ "$code" = "$1" ] || fail "its run ended with $code, not $1: $(cat "$SCRATCH/run.err")"; }
 
-copy_checkout
-cd "$COPY"
 TORCH_DIR=${TORCH_DIR:-$("$HERE/scripts/setup.sh" --torch-dir)}
 export TORCH_DIR
-cmake --preset "$PRESET" -DMOELAB_BENCH=OFF > "$COPY/configure.log" 2>&1 || fail "cmake: $(tail -3 "$COPY/configure.log")"
+[ "$ROOT" = "$HERE" ] || copy_checkout
+cd "$ROOT"
+configure
 build "the checkout does not build"
-say "1. the program writes the skeleton"
-"$BUILD/moelab" new router mine > /dev/null
+
+say "1. the program writes a skeleton"
+"$BUILD/moelab" new router mine > /dev/null || fail "no skeleton was written"
+WRITTEN=("$ROOT/routers/mine.cpp" "$ROOT/tests/routers/mine_test.cpp" "$ROOT/experiments/routers/mine.toml")
 if "$BUILD/moelab" new router mine 2> /dev/null; then fail "a second skeleton of the same name was not refused"; fi
 
 say "2. it compiles, is listed, and refuses to run"
 build "the skeleton does not compile"
 "$BUILD/moelab" list routers | grep -q '^mine ' || fail "the new router is not listed"
 "$BUILD/moelab" check experiments/routers/mine.toml > /dev/null || fail "its experiment does not check"
-code=0; "$BUILD/moelab" run experiments/routers/mine.toml --out "$COPY/run1" > /dev/null 2> "$COPY/run.err" || code=$?
-[ "$code" = 2 ] || fail "its run ended with $code, not 2: $(cat "$COPY/run.err")"
-grep -q 'write the rule of mine' "$COPY/run.err" || fail "its run does not say what to do: $(cat "$COPY/run.err")"
-if its_test_passes; then fail "its test passes before the rule is written"; fi
+run_ends_with 2
+grep -q 'write the rule of mine' "$SCRATCH/run.err" || fail "its run does not say what to do: $(cat "$SCRATCH/run.err")"
+if test_passes; then fail "its test passes before the rule is written"; fi
 
 say "3. with a rule and the worked number, its test passes and it trains"
 sed -i -e 's/RouteOutput route(const RouteInput&, RouteState&)/RouteOutput route(const RouteInput\& in, RouteState\&)/' \
        -e 's/^ *usage_error(.*$/    return route_topk(in, score(in), spec_.k(), SoftmaxOver::kAll);/' routers/mine.cpp
 sed -i -e 's/kMineExpert = -1;.*/kMineExpert = 0;/' -e 's/kMineGate = -1;.*/kMineGate = 0.880797;/' tests/routers/mine_test.cpp
 build "the router does not compile"
-its_test_passes || { tail -20 "$COPY/test.log" >&2; fail "its test does not pass"; }
-"$BUILD/moelab" run experiments/routers/mine.toml --quiet --out "$COPY/run2" > /dev/null || fail "it does not train"
+test_passes || { tail -20 "$SCRATCH/test.log" >&2; fail "its test does not pass"; }
+run_ends_with 0
 say "ok"
