@@ -6,7 +6,7 @@ target_link_libraries(moelab_flags INTERFACE moelab_torch::torch)
 
 add_library(moelab_private_flags INTERFACE)
 target_compile_definitions(moelab_private_flags INTERFACE AT_PER_OPERATOR_HEADERS SPDLOG_FMT_EXTERNAL
-  MOELAB_VERSION="${PROJECT_VERSION}" MOELAB_SOURCE_DIR="${CMAKE_CURRENT_SOURCE_DIR}")
+  MOELAB_VERSION="${PROJECT_VERSION}")
 target_compile_options(moelab_private_flags INTERFACE -Wall -Wextra -Wpedantic -Wshadow $<$<BOOL:${MOELAB_WERROR}>:-Werror>)
 if(MOELAB_SANITIZE)
   target_compile_options(moelab_private_flags INTERFACE -fsanitize=${MOELAB_SANITIZE} -fno-omit-frame-pointer)

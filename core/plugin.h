@@ -18,5 +18,5 @@
   MOELAB_TEXT_OF(__cplusplus)
 
 #define MOELAB_PLUGIN                                                      \
-  extern "C" __attribute__((visibility("default"))) const char moelab_plugin_line[]; \
-  const char moelab_plugin_line[] = MOELAB_PLUGIN_MARK MOELAB_PLUGIN_FIELDS(MOELAB_VERSION) "}";
+  extern "C" const char moelab_plugin_line[];                              \
+  extern "C" __attribute__((visibility("default"), used)) const char moelab_plugin_line[] = MOELAB_PLUGIN_MARK MOELAB_PLUGIN_FIELDS(MOELAB_VERSION) "}";

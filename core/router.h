@@ -200,9 +200,9 @@ struct ProbeDoc {
 
 struct RouterEntry {
   std::string name;      // = the file's stem
-  std::string title;
-  std::string citation;  // authors, year, arXiv id
-  std::string equation;  // one or two lines for `describe`
+  std::string title = {};
+  std::string citation = {};  // authors, year, arXiv id
+  std::string equation = {};  // one or two lines for `describe`
   RouterFacts facts = {};
   OptionSpecs options = {};
   std::vector<PaperLoss> paper_losses = {};

@@ -16,11 +16,11 @@ namespace {
 constexpr int kLongestContext = 5;
 
 // Missing is null, never absent; JSON has no NaN.
-nlohmann::json number_or_null(double value) { return std::isnan(value) ? nlohmann::json() : nlohmann::json(value); }
+nlohmann::json summary_number(double value) { return std::isnan(value) ? nlohmann::json() : nlohmann::json(value); }
 
 void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRecord& record) {
   out[prefix + ".load"] = record.chosen_E;
-  for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = number_or_null(value);
+  for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = summary_number(value);
 }
 
 void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values) {
@@ -30,10 +30,10 @@ void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site
     const int64_t k = spec.options.declared("k") ? spec.k() : 1;
     const Landmarks marks = term.loss->landmarks(spec.experts, k);
     const std::string key = prefix + ".loss." + term.label;
-    out[key] = t < values.size() ? number_or_null(values[t]) : nlohmann::json();
-    out[key + ".weighted"] = t < values.size() ? number_or_null(values[t] * term.coefficient) : nlohmann::json();
-    out[key + ".at_balance"] = number_or_null(marks.balance);
-    out[key + ".at_collapse"] = number_or_null(marks.collapse);
+    out[key] = t < values.size() ? summary_number(values[t]) : nlohmann::json();
+    out[key + ".weighted"] = t < values.size() ? summary_number(values[t] * term.coefficient) : nlohmann::json();
+    out[key + ".at_balance"] = summary_number(marks.balance);
+    out[key + ".at_collapse"] = summary_number(marks.collapse);
   }
 }
 
@@ -129,14 +129,14 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
   nlohmann::json s{{"name", experiment.name}, {"config_id", experiment.config_id}, {"seed", experiment.train.seed},
                    {"outcome", outcome}, {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
                    {"params.total", experiment.model->parameter_count()}, {"params.active", experiment.model->active_parameters()},
-                   {"eval.loss", number_or_null(evaluated ? evaluation.loss : none)},
-                   {"eval.bits_per_byte", number_or_null(evaluated ? evaluation.bits_per_byte : none)},
-                   {"eval.accuracy", number_or_null(evaluated ? evaluation.accuracy : none)},
+                   {"eval.loss", summary_number(evaluated ? evaluation.loss : none)},
+                   {"eval.bits_per_byte", summary_number(evaluated ? evaluation.bits_per_byte : none)},
+                   {"eval.accuracy", summary_number(evaluated ? evaluation.accuracy : none)},
                    {"eval.tokens", evaluated ? nlohmann::json(evaluation.tokens) : nlohmann::json()},
-                   {"data.entropy_bits", number_or_null(experiment.data->known_entropy_bits())}};
+                   {"data.entropy_bits", summary_number(experiment.data->known_entropy_bits())}};
   for (int c = 0; c <= kLongestContext; ++c)
     s[fmt::format("baseline.ngram.context_{}.bits_per_byte", c)] =
-        number_or_null(c < static_cast<int>(baselines.size()) ? baselines[static_cast<size_t>(c)] : none);
+        summary_number(c < static_cast<int>(baselines.size()) ? baselines[static_cast<size_t>(c)] : none);
   for (size_t i = 0; i < labels.size(); ++i) {
     add_record(s, labels[i], evaluated ? evaluation.records[i] : RoutingRecord{});
     add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<double>{});

@@ -1,7 +1,6 @@
 // What the tests of the commands share.
 #pragma once
 
-#include "core/tensor.h"  // first: it defines a CHECK of its own, and that of Catch2 must come last
 #include "tests/support/program.h"
 
 #include <nlohmann/json.hpp>

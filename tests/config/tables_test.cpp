@@ -169,7 +169,7 @@ c = 1
   CHECK(without_comments(resolved_text(again)) == without_comments(once));
   const OptionSpecs specs{{"odd key", std::string(), ""}, {"real", 0.0, ""},  {"tiny", 0.0, ""},
                           {"third", 0.0, ""},             {"text", std::string(), ""}, {"big", int64_t{0}, ""}};
-  CHECK(again.options(specs, again.keys()).all() == root.options(specs, root.keys()).all());
+  CHECK((again.options(specs, again.keys()).all() == root.options(specs, root.keys()).all()));
   CHECK(again.options(specs, again.keys()).text("text") == "two\nlines\tand a tab \"# from here\" \x01");
   CHECK(again.options(specs, again.keys()).text("odd key") == "back\\slash \"quote\" # no comment");
   CHECK(again.child("empty").child("table").present());

@@ -62,7 +62,7 @@ TEST_CASE("a later token changes no earlier logit, in training and in evaluation
       batch.tokens_BL.select(1, 6).add_(1).remainder_(11);
       const Tensor after = logits_of(*model, batch, context_of(mode));
       INFO(router << " in " << to_string(mode));
-      CHECK(model_error(after.narrow(1, 0, 6), before.narrow(1, 0, 6)) <= 1e-12);
+      CHECK(relative_error(after.narrow(1, 0, 6), before.narrow(1, 0, 6)) <= 1e-12);
       CHECK_FALSE(at::equal(after.narrow(1, 6, 4), before.narrow(1, 6, 4)));
     }
   }
@@ -78,19 +78,19 @@ TEST_CASE("padding changes no logit, gradient or counter, whatever it holds") {
   CHECK(loose.rows() == 16);
   CHECK(loose.target_tokens() == 16);
   const StepContext context = context_of(Mode::kTrain);
-  CHECK(model_error(real_rows(logits_of(*model, loose, context), length), real_rows(logits_of(*model, tight, context), length)) < 1e-12);
+  CHECK(relative_error(real_rows(logits_of(*model, loose, context), length), real_rows(logits_of(*model, tight, context), length)) < 1e-12);
   for (int64_t b = 0; b < 3; ++b) {  // each sequence alone
     Batch alone;
     alone.tokens_BL = batch.tokens_BL.narrow(0, b, 1).narrow(1, 0, length[b]);
     alone.sequence_B = batch.sequence_B.narrow(0, b, 1);
-    CHECK(model_error(logits_of(*model, loose, context)[b].narrow(0, 0, length[b]), logits_of(*model, alone, context)[0]) < 1e-12);
+    CHECK(relative_error(logits_of(*model, loose, context)[b].narrow(0, 0, length[b]), logits_of(*model, alone, context)[0]) < 1e-12);
   }
   const double loss = loss_and_gradients(*model, tight, context);
   std::vector<Tensor> gradients;
   for (const NamedTensor& entry : model->parameters()) gradients.push_back(entry.tensor.grad().clone());
   CHECK(std::abs(loss_and_gradients(*model, loose, context) - loss) < 1e-12 * loss);
   size_t i = 0;
-  for (const NamedTensor& entry : model->parameters()) CHECK(model_error(entry.tensor.grad(), gradients[i++]) < 1e-12);
+  for (const NamedTensor& entry : model->parameters()) CHECK(relative_error(entry.tensor.grad(), gradients[i++]) < 1e-12);
   const RoutingRecord record = model->forward(loose, context).sites[0].record;
   CHECK(record.rows == 16);
   CHECK(record.chosen_E == model->forward(tight, context).sites[0].record.chosen_E);

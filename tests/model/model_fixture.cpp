@@ -57,9 +57,4 @@ Tensor parameter_of(const Model& model, const std::string& name) {
   throw std::runtime_error("no parameter " + name);
 }
 
-double model_error(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0) return 0;
-  return (a - b).abs().max().item<double>() / std::max(b.abs().max().item<double>(), 1e-30);
-}
-
 }  // namespace moelab::test

@@ -4,6 +4,7 @@
 #include "core/config.h"
 #include "core/error.h"
 #include "core/model/model.h"
+#include "tests/support/compare.h"
 
 #include <string>
 
@@ -25,7 +26,5 @@ std::string refusal_of(const std::string& text, bool allow_noncausal_training = 
 
 Tensor parameter_of(const Model& model, const std::string& name);
 
-// max|a-b| / max(max|b|, 1e-30)
-double model_error(const Tensor& a, const Tensor& b);
 
 }  // namespace moelab::test

@@ -163,7 +163,7 @@ width = 5
       }
       if (b + t > 0) loss += std::log(total) - plain[t][batch.targets_BL[b][t].item<int64_t>()];
     }
-    CHECK(model_error(out.logits_BLV[b].detach(), expected_LV) < 1e-10);
+    CHECK(relative_error(out.logits_BLV[b].detach(), expected_LV) < 1e-10);
   }
   Tensor targets_BL = batch.targets_BL.clone();
   targets_BL[0][0] = -1;  // nothing to predict there

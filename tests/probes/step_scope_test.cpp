@@ -15,7 +15,7 @@ using namespace moelab::test;
 namespace {
 
 constexpr int kRanks = 2, kMicro = 4;
-constexpr int64_t kWidth = 3, kExperts = 4;
+constexpr int64_t kScopeWidth = 3, kScopeExperts = 4;
 const std::vector<int64_t> kCuts = {0, 4, 11, 11, 15, 20, 28, 29, 36};  // micro-batch m of rank r is the (4r + m)th
 
 Tensor seeded(uint64_t seed, int64_t rows, int64_t columns) {
@@ -28,9 +28,9 @@ Tensor seeded(uint64_t seed, int64_t rows, int64_t columns) {
 
 // One layer's rows and the weights of noisy top-k gating over them.
 struct Problem {
-  Tensor x_TD = seeded(1, kCuts.back(), kWidth), draw_TE = seeded(2, kCuts.back(), kExperts);
-  Tensor weight_ED = seeded(3, kExperts, kWidth).requires_grad_(true);
-  Tensor noise_weight_ED = seeded(4, kExperts, kWidth).requires_grad_(true);
+  Tensor x_TD = seeded(1, kCuts.back(), kScopeWidth), draw_TE = seeded(2, kCuts.back(), kScopeExperts);
+  Tensor weight_ED = seeded(3, kScopeExperts, kScopeWidth).requires_grad_(true);
+  Tensor noise_weight_ED = seeded(4, kScopeExperts, kScopeWidth).requires_grad_(true);
 
   RouteOutput route(int64_t from, int64_t to) const {
     const Tensor x = x_TD.slice(0, from, to);
@@ -42,7 +42,7 @@ struct Problem {
     const BareRouter router;
     const RouteInput in = input_of(to - from);
     const RouteOutput out = route(from, to);
-    return collect_statistics(loss, LossScope::kStep, {in, out, router, kExperts}).front();
+    return collect_statistics(loss, LossScope::kStep, {in, out, router, kScopeExperts}).front();
   }
 };
 

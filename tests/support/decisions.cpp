@@ -100,9 +100,4 @@ Tensor finite_differences(const std::function<double(const Tensor&)>& f, const T
   return gradient;
 }
 
-double relative_error(const Tensor& a, const Tensor& b) {
-  if (b.numel() == 0) return a.numel() == 0 ? 0 : 1;
-  return a.sub(b).abs().max().item<double>() / std::max(b.abs().max().item<double>(), 1e-30);
-}
-
 }  // namespace moelab::test

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/loss.h"
+#include "tests/support/compare.h"
 
 #include <memory>
 #include <string>
@@ -43,8 +44,5 @@ Tensor value_of(const Loss& loss, const RouteInput& in, const RouteOutput& out, 
 
 // (f(x + h) - f(x - h)) / 2h for every element of x.
 Tensor finite_differences(const std::function<double(const Tensor&)>& f, const Tensor& x, double h = 1e-5);
-
-// max|a-b| / max(max|b|, 1e-30)
-double relative_error(const Tensor& a, const Tensor& b);
 
 }  // namespace moelab::test

@@ -122,13 +122,6 @@ Tensor dense_gates(const SparsePlan& plan) {
   return gate_TE.index_put({plan.token_N, plan.expert_N}, plan.gate_N.detach());
 }
 
-double relative_error(const Tensor& a, const Tensor& b) {
-  if (a.sizes() != b.sizes()) throw std::invalid_argument("relative_error: shapes differ");
-  if (a.numel() == 0) return 0;
-  const Tensor expected = b.detach().to(at::kDouble), found = a.detach().to(at::kDouble);
-  return (found - expected).abs().max().item<double>() / std::max(expected.abs().max().item<double>(), 1e-30);
-}
-
 double gradient_error(const std::function<Tensor()>& value, Tensor leaf) {
   leaf.mutable_grad() = Tensor();
   value().backward();

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/router.h"
+#include "tests/support/compare.h"
 
 #include <functional>
 #include <map>
@@ -52,9 +53,6 @@ Tensor random_tensor(int64_t seed, at::IntArrayRef shape);     // standard norma
 
 // Row t, column e: the gate with which row t keeps expert e, else 0. [T,E]
 Tensor dense_gates(const SparsePlan& plan);
-
-// max|a-b| / max(max|b|, 1e-30)
-double relative_error(const Tensor& a, const Tensor& b);
 
 // Relative error of the autograd gradient of value() by `leaf` (float64, requires_grad) against central differences.
 double gradient_error(const std::function<Tensor()>& value, Tensor leaf);

@@ -26,14 +26,6 @@ void choose_row(std::mt19937_64& draw, int64_t k, double drop, const std::vector
 
 }  // namespace
 
-double relative_error(const Tensor& a, const Tensor& b) {
-  if (a.sizes() != b.sizes()) return std::numeric_limits<double>::infinity();
-  if (b.numel() == 0) return 0;
-  const Tensor exact = b.detach().to(at::kDouble);
-  const double difference = a.detach().to(at::kDouble).sub(exact).abs().max().item<double>();
-  return difference / std::max(exact.abs().max().item<double>(), 1e-30);
-}
-
 Tensor random_leaf(std::mt19937_64& draw, std::vector<int64_t> shape, at::ScalarType dtype, bool requires_grad) {
   Tensor values = at::empty(shape, at::kDouble);
   std::normal_distribution<double> normal;

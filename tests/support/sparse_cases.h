@@ -3,13 +3,11 @@
 
 #include "core/expert.h"
 #include "core/plan.h"
+#include "tests/support/compare.h"
 
 #include <random>
 
 namespace moelab::testing {
-
-// max|a-b| / max(max|b|, 1e-30); infinite where the shapes differ.
-double relative_error(const Tensor& a, const Tensor& b);
 
 struct SparseCase {
   SparsePlan plan;

@@ -1,0 +1,54 @@
+// One MoE layer on given tensors: built from the tables of a layer alone, its state replaced by what IN holds, its input
+// assembled from IN's rows.
+#pragma once
+
+#include "core/config.h"
+#include "core/moe_layer.h"
+#include "experiments/route_io.h"
+
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace moelab {
+
+// `[route]`.
+struct RouteSettings {
+  int64_t step = 0;
+  int64_t total_steps = 1;
+  int64_t pass = 0;
+  int64_t seed = 0;
+};
+RouteSettings read_route_settings(const Table& root);
+
+// With initial values, drawn as for the block 0 of a model of this seed.
+std::unique_ptr<MoELayer> make_route_layer(const Table& root, int64_t width, at::ScalarType dtype);
+
+// Parameters, then buffers.
+std::vector<NamedTensor> tensors_of(const Module& module);
+
+// What IN may hold beside the layer's own tensors. Sizes that the layer knows are numbers.
+std::vector<AcceptedTensor> accepted_inputs(const MoELayer& layer);
+
+// Refuses unknown names, wrong shapes and wrong types. Noise is checked where it is used.
+void check_inputs(const RouteFile& file, const MoELayer& layer);
+
+// Copies IN's parameters and buffers into the layer. Tensors of the shared expert may come without their expert axis of
+// length 1; the names of those that did are returned, so that results can be given back in the same shape.
+std::set<std::string> replace_tensors(const RouteFile& file, const MoELayer& layer);
+
+// IN's rows without padding.
+struct RoutedRows {
+  Tensor index_T;        // row of IN, ascending
+  int64_t file_rows = 0;
+  RouteInput in;         // complete
+
+  // Values of the routed rows laid out in IN's rows, `fill` at padding.
+  Tensor in_file_rows(const Tensor& values_T, double fill = 0) const;
+};
+
+// `x_TD` has IN's rows; it may be a leaf that wants a gradient. Warns on stderr of noise that this mode does not use.
+RoutedRows routed_rows(const Table& root, RouteFile& file, const Tensor& x_TD, const MoELayer& layer, Mode mode);
+
+}  // namespace moelab
