@@ -7,6 +7,8 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
+
 namespace moelab {
 namespace {
 
@@ -28,15 +30,19 @@ int64_t sample_token(const Tensor& logits_V, const SampleSettings& settings, int
 std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& prompt, const SampleSettings& settings) {
   if (prompt.empty()) usage_error("generate needs at least one token to start from");
   const at::NoGradGuard no_grad;
+  std::vector<int64_t> text = prompt;
+  std::vector<int64_t> unread = prompt;  // what the model has not seen yet
   DecodeState state;
-  Tensor logits_BV = model.decode(at::tensor(prompt, at::kLong).unsqueeze(0), state);
-  std::vector<int64_t> written;
-  const auto seen = static_cast<int64_t>(prompt.size());
-  for (int64_t i = 0; i < settings.tokens && seen + i < model.context(); ++i) {
-    written.push_back(sample_token(logits_BV[0], settings, i));
-    if (seen + i + 1 < model.context()) logits_BV = model.decode(at::tensor({written.back()}, at::kLong).unsqueeze(0), state);
+  for (int64_t i = 0; i < settings.tokens; ++i) {
+    if (state.position + static_cast<int64_t>(unread.size()) > model.context()) {
+      state = {};
+      unread.assign(text.end() - std::min<int64_t>(static_cast<int64_t>(text.size()), (model.context() + 1) / 2), text.end());
+    }
+    const Tensor logits_BV = model.decode(at::tensor(unread, at::kLong).unsqueeze(0), state);
+    text.push_back(sample_token(logits_BV[0], settings, i));
+    unread = {text.back()};
   }
-  return written;
+  return {text.begin() + static_cast<int64_t>(prompt.size()), text.end()};
 }
 
 }  // namespace moelab

@@ -13,7 +13,7 @@ struct SampleSettings {
   int64_t seed = 0;
 };
 
-// Continues `prompt` (at least one token). Stops where the model's context is full.
+// Continues `prompt` (at least one token). Where the model's context is full it goes on from the later half of what it has.
 std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& prompt, const SampleSettings& settings);
 
 }  // namespace moelab
