@@ -16,8 +16,8 @@ namespace moelab {
 namespace {
 
 using AddCommand = void (*)(CLI::App&);
-constexpr AddCommand kCommands[] = {add_run_command, add_check_command, add_list_command, add_route_command,     add_data_command,
-                                    add_new_command, add_ckpt_command,  add_docs_command, add_completion_command};
+constexpr AddCommand kCommands[] = {add_run_command,  add_check_command, add_list_command, add_route_command, add_verify_command,
+                                    add_data_command, add_new_command,   add_ckpt_command, add_docs_command,  add_completion_command};
 
 std::string version_text() {
   return fmt::format("moelab {}\nLibTorch {}\ncompiler {}, C++ {}", MOELAB_VERSION, TORCH_VERSION, __VERSION__, __cplusplus);
