@@ -59,6 +59,7 @@ void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoi
   Trainer trainer(experiment.train, experiment.model, experiment.data, single_comm(), folder.checkpoints(), observers);
   if (checkpoint) {
     trainer.resume(*checkpoint);
+    records.continue_from(trainer.tokens());
     for (const std::string& warning : checkpoint->warnings) fmt::print(stderr, "moelab: {}\n", warning);
     records.event(trainer.step(), "resumed", {{"folder", std::filesystem::path(checkpoint->folder).filename().string()}});
   }
@@ -101,7 +102,7 @@ void resume(const RunArguments& arguments) {
   prepare_process(read_train_settings(root));
   Experiment experiment = load_experiment(root);
   // A run that was killed before its first checkpoint starts again: the same draws, the same result.
-  if (checkpoint_steps(folder->checkpoints()).empty()) {
+  if (!std::filesystem::exists(folder->checkpoints()) || checkpoint_steps(folder->checkpoints()).empty()) {
     folder->drop_records_after(-1);
     return train(experiment, *folder, nullptr, arguments);
   }

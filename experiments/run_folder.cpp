@@ -29,6 +29,15 @@ const char* event_name(Event::Kind kind) {
   return "?";
 }
 
+// The final evaluation follows the last checkpoint, so a run that goes on from there writes it again.
+void drop_final_evaluation(const std::string& path) {
+  if (!fs::exists(path)) return;
+  const std::string text = read_file(path);
+  const size_t last = text.size() < 2 ? 0 : text.rfind('\n', text.size() - 2) + 1;  // 0 where there is one line
+  if (text.empty() || !nlohmann::json::parse(text.substr(last)).value("final", false)) return;
+  write_file_atomically(path, text.substr(0, last));
+}
+
 nlohmann::json environment() {
   return {{"moelab", MOELAB_VERSION}, {"libtorch", TORCH_VERSION}, {"compiler", __VERSION__},
           {"threads", at::get_num_threads()}, {"started", utc_now()}};
@@ -62,6 +71,7 @@ void RunFolder::set_status(const std::string& line) { write_file_atomically(file
 
 void RunFolder::drop_records_after(int64_t step) {
   truncate_after_step(file("metrics.jsonl"), step);
+  drop_final_evaluation(file("metrics.jsonl"));
   truncate_after_step(file("events.jsonl"), step);
 }
 

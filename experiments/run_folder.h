@@ -46,6 +46,7 @@ class RecordWriter : public Observer {
   void on_checkpoint(const std::string& folder, int64_t step) override;
   void on_event(const std::string& site, const Event& event, int64_t step) override;
   void event(int64_t step, const std::string& kind, const nlohmann::json& details);
+  void continue_from(int64_t tokens) { tokens_ = tokens; }  // target tokens before this process
 
  private:
   double seconds() const;

@@ -53,6 +53,26 @@ struct EvalSums {
     right = counts[1].item<int64_t>();
     loss = sums.item<double>();
     for (RoutingRecord& record : records) record.all_reduce(comm);
+    for (std::vector<LossStatistics>& site : terms)
+      for (LossStatistics& total : site) all_reduce(total, comm);
+  }
+
+  static void all_reduce(LossStatistics& total, Comm& comm) {
+    for (const Tensor& sum : total.sums) comm.all_reduce(sum);
+    const Tensor rows = at::tensor({total.rows}, at::kLong);
+    comm.all_reduce(rows);
+    total.rows = rows.item<int64_t>();
+  }
+
+  // Sums of zero, in the shapes that this forward pass shows: for a rank that may get no batch of its own.
+  void take_shapes(const ModelOutput& out) {
+    for (size_t s = 0; s < out.sites.size(); ++s) {
+      records[s].experts = out.sites[s].record.experts;
+      records[s].chosen_E.resize(out.sites[s].record.chosen_E.size());
+      records[s].accepted_E.resize(out.sites[s].record.accepted_E.size());
+      for (const TermStatistics& term : out.sites[s].statistics)
+        for (const Tensor& sum : term.per_scope.front().sums) terms[s][term.term].sums.push_back(at::zeros_like(sum));
+    }
   }
 };
 
@@ -78,6 +98,7 @@ Evaluation evaluate(const Model& model, const Dataset& data, int64_t sequences, 
   context.seed = seed;
   const std::shared_ptr<Comm> alone = single_comm();
   context.comm = alone.get();  // ranks evaluate different numbers of batches: no collective inside
+  if (comm.size() > 1) sums.take_shapes(model.forward(to_batch(data.eval_batch(0, 1)), context));
   for (int64_t first = comm.rank() * batch; first < count; first += comm.size() * batch) {
     const Batch rows = to_batch(data.eval_batch(first, std::min(batch, count - first)));
     sums.add(model.forward(rows, context), rows);

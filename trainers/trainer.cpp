@@ -9,6 +9,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 
@@ -25,18 +26,51 @@ namespace {
   diverged_error(fmt::format("the gradient norm overflows at step {}; nothing was updated", step));
 }
 
-// Slices of experts that must not move: masked ones, and those without a token where the config says so.
-std::vector<ExpertBank::Slice> untouched_slices(const std::vector<Site*>& sites, const StepResult& result) {
+// The experts that are not there yet, or no longer: a router with room to grow keeps a buffer `mask` [E], 1 = active.
+std::vector<bool> masked_experts(const Site& site) {
+  std::vector<bool> masked(static_cast<size_t>(site.bank->experts()), false);
+  for (const NamedTensor& buffer : site.router->buffers())
+    for (size_t e = 0; buffer.name == "mask" && e < masked.size(); ++e)
+      masked[e] = buffer.tensor[static_cast<int64_t>(e)].item<double>() == 0;
+  return masked;
+}
+
+// An expert's own parameters that can move, and its rows of the router's where they are asked for.
+std::vector<ExpertBank::Slice> slices_of(const Site& site, int64_t expert, bool with_router) {
+  std::vector<ExpertBank::Slice> all = site.bank->slices(expert);
+  if (with_router)
+    for (const Tensor& rows : site.router->per_expert_tensors()) all.push_back({rows, expert});
+  std::erase_if(all, [](const ExpertBank::Slice& slice) { return !slice.stacked.requires_grad(); });
+  return all;
+}
+
+// What must not move: masked experts with their router rows, and experts without a token where the config says so.
+std::vector<ExpertBank::Slice> untouched_slices(const std::vector<Site*>& sites, const StepResult& result, bool skip_unused) {
   std::vector<ExpertBank::Slice> all;
   for (size_t s = 0; s < sites.size(); ++s) {
-    const std::vector<int64_t>& chosen = result.records[s].accepted_E;
-    for (size_t e = 0; e < chosen.size(); ++e) {
-      if (chosen[e] > 0) continue;
-      for (const ExpertBank::Slice& slice : sites[s]->bank->slices(static_cast<int64_t>(e)))
-        if (slice.stacked.requires_grad()) all.push_back(slice);
+    const std::vector<bool> masked = masked_experts(*sites[s]);
+    const std::vector<int64_t>& accepted = result.records[s].accepted_E;
+    for (size_t e = 0; e < masked.size(); ++e) {
+      const bool unused = skip_unused && e < accepted.size() && accepted[e] == 0;
+      if (!masked[e] && !unused) continue;
+      const std::vector<ExpertBank::Slice> slices = slices_of(*sites[s], static_cast<int64_t>(e), /*with_router=*/masked[e]);
+      all.insert(all.end(), slices.begin(), slices.end());
     }
   }
   return all;
+}
+
+// Freezing is no tensor, so a checkpoint keeps it as a list of names.
+std::vector<std::string> frozen_names(const Model& model) {
+  std::vector<std::string> names;
+  for (const NamedTensor& parameter : model.parameters())
+    if (!parameter.tensor.requires_grad()) names.push_back(parameter.name);
+  return names;
+}
+
+void freeze_only(const Model& model, const std::vector<std::string>& names) {
+  for (const NamedTensor& parameter : model.parameters())
+    parameter.tensor.requires_grad_(std::find(names.begin(), names.end(), parameter.name) == names.end());
 }
 
 Outcome outcome_of(int signal) { return signal == SIGTERM ? Outcome::kTerminated : Outcome::kInterrupted; }
@@ -76,6 +110,7 @@ Outcome Trainer::run() {
 
 void Trainer::resume(const Checkpoint& checkpoint) {
   restore(checkpoint, *model_, optimizer_);
+  freeze_only(*model_, checkpoint.content.state.at("frozen"));
   step_ = saved_step_ = checkpoint.step;
   tokens_ = checkpoint.content.state.at("tokens");
   window_.load(checkpoint.content.state.at("window"));
@@ -113,8 +148,7 @@ double Trainer::apply_gradients(double lr, const StepResult& result) {
   const double norm = gradient_norm(parameters);
   if (!std::isfinite(norm)) refuse_gradient(*model_, step_);
   clip_gradients(parameters, norm, settings_.clip_norm);
-  optimizer_.step(lr, settings_.optimizer.skip_unused_experts ? untouched_slices(model_->sites(), result)
-                                                              : std::vector<ExpertBank::Slice>{});
+  optimizer_.step(lr, untouched_slices(model_->sites(), result, settings_.optimizer.skip_unused_experts));
   return norm;
 }
 
@@ -137,9 +171,7 @@ void Trainer::apply(Site& site, const Event& event) {
   if (event.kind != Event::Kind::kExpertAdded) return;  // a removed expert is masked: its slot waits for the next one
   if (event.source >= 0) site.bank->clone_expert(event.source, event.expert);
   else site.bank->reset_expert(event.expert, random_key(settings_.seed, "added expert").with(site.path, step_));
-  for (const ExpertBank::Slice& slice : site.bank->slices(event.expert)) optimizer_.reset_slice(slice);
-  for (const Tensor& rows : site.router->per_expert_tensors())
-    if (rows.requires_grad()) optimizer_.reset_slice({rows, event.expert});
+  for (const ExpertBank::Slice& slice : slices_of(site, event.expert, /*with_router=*/true)) optimizer_.reset_slice(slice);
 }
 
 Request Trainer::observe(const StepResult& result, double lr, double norm) {
@@ -169,7 +201,8 @@ void Trainer::evaluate_now(bool final) {
 
 void Trainer::save() {
   if (checkpoint_root_.empty() || saved_step_ == step_ || comm_->rank() != 0) return;
-  const nlohmann::json state{{"step", step_}, {"tokens", tokens_}, {"window", window_.save()}, {"last_window", last_window_.save()}};
+  const nlohmann::json state{{"step", step_}, {"tokens", tokens_}, {"frozen", frozen_names(*model_)},
+                             {"window", window_.save()}, {"last_window", last_window_.save()}};
   const std::string folder = write_checkpoint(checkpoint_root_, step_, checkpoint_content(*model_, optimizer_, state),
                                               static_cast<int>(settings_.keep_last));
   saved_step_ = step_;

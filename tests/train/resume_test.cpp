@@ -1,0 +1,134 @@
+// A run that stops at any step and goes on from its checkpoint is, bit for bit, the run that never stopped.
+#include "tests/support/program.h"
+#include "train_support.h"
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+
+namespace moelab::test {
+namespace {
+
+using Windows = std::map<int64_t, std::map<std::string, double>>;
+
+// Keeps what would be written to metrics.jsonl, and stops after `stop_at` steps.
+class WindowObserver : public Observer {
+ public:
+  explicit WindowObserver(int64_t stop_at = -1) : stop_at_(stop_at) {}
+  Request on_step(const StepView& view) override {
+    if (view.flush) windows[view.step + 1] = view.window.metrics();
+    return view.step + 1 == stop_at_ ? Request::kStop : Request::kNone;
+  }
+  void on_evaluation(const Evaluation& evaluation, int64_t step, bool) override {
+    windows[1000 + step] = {{"loss", evaluation.loss}, {"accuracy", evaluation.accuracy}};
+  }
+  Windows windows;
+
+ private:
+  int64_t stop_at_;
+};
+
+// Same keys, same bits; NaN equals NaN.
+bool same_windows(const Windows& a, const Windows& b) {
+  if (a.size() != b.size()) return false;
+  for (const auto& [step, metrics] : b) {
+    if (a.count(step) == 0 || a.at(step).size() != metrics.size()) return false;
+    for (const auto& [name, value] : metrics) {
+      const double other = a.at(step).at(name);
+      if (other != value && !(std::isnan(other) && std::isnan(value))) return false;
+    }
+  }
+  return true;
+}
+
+struct Finished {
+  Tensors state;
+  Windows windows;
+  int64_t tokens;
+};
+
+Finished unstopped(const Experiment& e, const std::string& checkpoints = "") {
+  WindowObserver windows;
+  Trainer trainer = trainer_of(e, checkpoints, {&windows});
+  trainer.run();
+  return {state_of(trainer), windows.windows, trainer.tokens()};
+}
+
+Finished resumed(const Experiment& e, const Checkpoint& checkpoint, Windows before) {
+  WindowObserver windows;
+  Trainer trainer = trainer_of(e, "", {&windows});
+  trainer.resume(checkpoint);
+  trainer.run();
+  windows.windows.merge(before);
+  return {state_of(trainer), windows.windows, trainer.tokens()};
+}
+
+Windows up_to(Windows windows, int64_t step) {
+  std::erase_if(windows, [&](const auto& entry) { return entry.first % 1000 > step || entry.first == 1012; });
+  return windows;
+}
+
+void check_same(const Finished& a, const Finished& b) {
+  CHECK(bitwise_equal(a.state, b.state));
+  CHECK(same_windows(a.windows, b.windows));
+  CHECK(a.tokens == b.tokens);
+}
+
+std::vector<std::string> changed_by(const std::string& mode) {
+  std::vector<std::string> set{"checkpoint.every=1", "checkpoint.keep_last=20", "eval.every=5"};
+  if (mode == "accumulation") set.push_back("train.micro_batches=2");
+  if (mode == "bf16") set.push_back("train.precision=bf16");
+  if (mode == "recompute") set.push_back("train.recompute=true");
+  return set;
+}
+
+TEST_CASE("stopped after any of ten steps and resumed, a run ends bitwise as unstopped") {
+  const std::string router = GENERATE("noisy_topk", "softmax_topk", "switch", "gshard", "uniform", "random", "frozen");
+  const std::string mode = GENERATE("plain", "accumulation", "bf16", "recompute");
+  CAPTURE(router, mode);
+  const ScratchFolder folder;
+  const Finished whole = unstopped(tiny_experiment(router, changed_by(mode)), folder.path());
+  for (int64_t step = 1; step <= 10; ++step) {
+    CAPTURE(step);
+    const Checkpoint checkpoint = load_checkpoint(fmt::format("{}/step-{}", folder.path(), step));
+    check_same(resumed(tiny_experiment(router, changed_by(mode)), checkpoint, up_to(whole.windows, step)), whole);
+  }
+}
+
+TEST_CASE("the same run twice is bitwise the same, and another seed is not") {
+  const std::string router = GENERATE("noisy_topk", "gshard");
+  const Finished first = unstopped(tiny_experiment(router));
+  check_same(unstopped(tiny_experiment(router)), first);
+  CHECK_FALSE(bitwise_equal(unstopped(tiny_experiment(router, {"seed=4"})).state, first.state));
+}
+
+TEST_CASE("SGD, skipped experts and unfrozen training windows go on as well") {
+  const std::vector<std::string> set{"optimizer.name=sgd", "optimizer.unused_experts=skip", "schedule.warmup_steps=5", "train.log_every=7"};
+  const ScratchFolder folder;
+  const Finished whole = unstopped(tiny_experiment("noisy_topk", set));
+  WindowObserver windows(9);
+  const Experiment e = tiny_experiment("noisy_topk", set);
+  Trainer trainer = trainer_of(e, folder.path(), {&windows});
+  CHECK(trainer.run() == Outcome::kStoppedByObserver);
+  check_same(resumed(tiny_experiment("noisy_topk", set), load_latest(folder.path()), windows.windows), whole);
+}
+
+TEST_CASE("a checkpoint of another config is refused with the tensor, and nothing is changed") {
+  const ScratchFolder folder;
+  unstopped(tiny_experiment("switch"), folder.path());
+  const Experiment other = tiny_experiment("switch", {"moe.experts=5"});
+  const Tensors before = copies_of(other.model->parameters());
+  Trainer trainer = trainer_of(other);
+  std::string message;
+  try {
+    trainer.resume(load_latest(folder.path()));
+  } catch (const Error& error) {
+    message = error.what();
+    CHECK(error.code() == ExitCode::kData);
+  }
+  CAPTURE(message);
+  CHECK(message.find("tensor 'layers.0.moe.") != std::string::npos);
+  CHECK(bitwise_equal(copies_of(other.model->parameters()), before));
+}
+
+}  // namespace
+}  // namespace moelab::test

@@ -1,0 +1,115 @@
+// Tiny experiments and what the tests of training compare.
+#pragma once
+
+#include "core/error.h"
+#include "experiments/experiment.h"
+#include "trainers/state.h"
+#include "trainers/trainer.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/grad_mode.h>
+
+#include <fmt/format.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace moelab::test {
+
+using Tensors = std::map<std::string, Tensor>;
+
+// Two blocks of width 16 with four experts, two of them chosen where the router leaves that open, on generated data; `more` is
+// laid on top as `--set` does.
+inline Experiment tiny_experiment(const std::string& router, std::vector<std::string> more = {}, const std::string& losses = "") {
+  const bool fixed_k = router == "switch" || router == "gshard";
+  const std::string text = fmt::format(R"(
+seed = 3
+[model]
+layers = 2
+width = 16
+heads = 2
+context = 12
+[moe]
+experts = 4
+[moe.router]
+name = "{}"
+{}
+[moe.expert]
+width = 8
+[data]
+name = "markov"
+validation_documents = 6
+[train]
+steps = 12
+batch = 4
+log_every = 4
+[optimizer]
+lr = 0.01
+{})", router, fixed_k ? "" : "k = 2", losses);
+  return load_experiment(parse_config(text, "tiny.toml", more));
+}
+
+// Normal draws around every initial value, so that loads are uneven and no norm or gate is at its start. Its generator is its
+// own: ranks are threads.
+inline void shake(const Model& model) {
+  const at::NoGradGuard no_grad;
+  at::Generator draw = at::detail::createCPUGenerator(11);
+  for (const NamedTensor& entry : model.parameters())
+    entry.tensor.add_(at::randn(entry.tensor.sizes(), draw, at::kDouble).to(entry.tensor.scalar_type()), 0.3);
+}
+
+inline Tensors copies_of(const std::vector<NamedTensor>& list) {
+  Tensors all;
+  for (const NamedTensor& entry : list) all[entry.name] = entry.tensor.detach().clone();
+  return all;
+}
+
+inline Tensors gradients_of(const Model& model) {
+  Tensors all;
+  for (const NamedTensor& entry : model.trainable())
+    all[entry.name] = entry.tensor.grad().defined() ? entry.tensor.grad().clone() : at::zeros_like(entry.tensor);
+  return all;
+}
+
+// The largest max|a-b| / max(max|b|, 1e-30) of all; infinite where the names differ.
+inline double largest_error(const Tensors& a, const Tensors& b) {
+  double largest = a.size() == b.size() ? 0 : INFINITY;
+  for (const auto& [name, tensor] : b) {
+    if (a.count(name) == 0) return INFINITY;
+    const double scale = std::max(tensor.abs().max().item<double>(), 1e-30);
+    const double error = (a.at(name) - tensor).abs().max().item<double>() / scale;
+    if (!(error <= largest)) largest = error;  // NaN counts as the largest
+    if (std::isnan(largest)) return INFINITY;
+  }
+  return largest;
+}
+
+inline bool bitwise_equal(const Tensors& a, const Tensors& b) {
+  if (a.size() != b.size()) return false;
+  for (const auto& [name, tensor] : b)
+    if (a.count(name) == 0 || !at::equal(a.at(name), tensor)) return false;
+  return true;
+}
+
+// Everything that a run leaves behind: parameters, buffers, moments.
+inline Tensors state_of(const Trainer& trainer) {
+  Tensors all = copies_of(trainer.model().parameters());
+  all.merge(copies_of(trainer.model().buffers()));
+  all.merge(copies_of(trainer.optimizer().state()));
+  return all;
+}
+
+inline Trainer trainer_of(const Experiment& e, const std::string& checkpoints = "", std::vector<Observer*> observers = {},
+                          std::shared_ptr<Comm> comm = single_comm()) {
+  return Trainer(e.train, e.model, e.data, std::move(comm), checkpoints, std::move(observers));
+}
+
+inline Tensors trained(const Experiment& e, std::vector<Observer*> observers = {}, std::shared_ptr<Comm> comm = single_comm()) {
+  Trainer trainer = trainer_of(e, "", std::move(observers), std::move(comm));
+  trainer.run();
+  return state_of(trainer);
+}
+
+}  // namespace moelab::test
