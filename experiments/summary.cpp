@@ -94,8 +94,8 @@ std::string baselines_text(const nlohmann::json& s) {
 
 }  // namespace
 
-Verdict verdict_of(const std::vector<Site*>& sites, const Evaluation& evaluation) {
-  Verdict verdict{"not applicable", "no site counts its experts"};
+RunVerdict verdict_of(const std::vector<Site*>& sites, const Evaluation& evaluation) {
+  RunVerdict verdict{"not applicable", "no site counts its experts"};
   for (size_t s = 0; s < evaluation.records.size(); ++s) {
     const RoutingRecord& record = evaluation.records[s];
     if (record.chosen_E.empty() || record.rows == 0) continue;
@@ -142,7 +142,7 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
     add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<double>{});
     add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
   }
-  const Verdict verdict = evaluated ? verdict_of(sites, evaluation) : Verdict{"not judged", "the run was stopped before its final evaluation"};
+  const RunVerdict verdict = evaluated ? verdict_of(sites, evaluation) : RunVerdict{"not judged", "the run was stopped before its final evaluation"};
   s["verdict"] = verdict.word;
   s["verdict.reason"] = verdict.reason;
   return s;

@@ -12,14 +12,14 @@
 
 namespace moelab {
 
-struct Verdict {
+struct RunVerdict {
   std::string word;    // "healthy", "collapsed", "dead experts", or "not applicable"
   std::string reason;  // which layer, which number, against which bound
 };
 
 // Judged on the final evaluation. Collapsed: fewer than half of the experts are effective, or (at E ≥ 4) one of them takes
 // more than half of all pairs. Both are far beyond what sampling noise does on an evaluation of this size.
-Verdict verdict_of(const std::vector<Site*>& sites, const Evaluation& evaluation);
+RunVerdict verdict_of(const std::vector<Site*>& sites, const Evaluation& evaluation);
 
 // Bits per byte of interpolated n-gram models with 0 … 5 bytes of context, where they were asked for and the data are bytes.
 std::vector<double> ngram_baselines(const Experiment& experiment);
