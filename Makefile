@@ -20,6 +20,8 @@ build: setup        ## the program at build/moelab
 test: build         ## what CI runs
 	cd $(BUILD) && ctest --no-tests=error -j 1
 	scripts/check_docs.sh $(BUILD)/moelab
+	scripts/check_package.sh $(BUILD)
+	scripts/check_new_router.sh --here release
 
 test-long: build    ## kill loops and wide sweeps, by hand; leaves counts in tests/long/
 	scripts/test_long.sh $(BUILD)
