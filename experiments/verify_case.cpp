@@ -1,5 +1,7 @@
 #include "experiments/verify_case.h"
 
+#include "core/error.h"
+
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -113,7 +115,7 @@ std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& vari
 }
 
 KitLayer kit_layer(const Subject& subject, const KitCase& at) {
-  KitLayer layer;
+  KitLayer layer{{}, at};
   layer.site.path = "verify";
   layer.site.layer = kKitLayer;
   layer.site.router = kit_router(subject.entry, subject.variant, at);
@@ -139,11 +141,16 @@ std::vector<LossTerm> attachable_losses(const RouterEntry& entry, const RouterFa
   return terms;
 }
 
-RouteOutput KitLayer::route(const RouteInput& in) const {
+RouteOutput KitLayer::route(const RouteInput& in) const try {
   RouteState state;
   RouteOutput out = site.router->route(in, state);
   validate(out.plan, in.rows(), site.router->spec().max_experts);
   return out;
+} catch (const Error& error) {
+  throw Error(error.code(), fmt::format("{} ({})", error.what(), at.text()));
+} catch (const std::exception& error) {
+  const std::string text = error.what();  // LibTorch's carries a stack
+  throw std::runtime_error(fmt::format("{} ({})", text.substr(0, text.find('\n')), at.text()));
 }
 
 Tensor KitLayer::run(const RouteOutput& out, const RouteInput& in, Execution execution) const {

@@ -30,7 +30,8 @@ std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& vari
 // Router and experts with random parameters, and every loss that can be attached to this router, coefficient 1, scope `step`.
 struct KitLayer {
   Site site;
-  RouteOutput route(const RouteInput& in) const;  // validated
+  KitCase at;
+  RouteOutput route(const RouteInput& in) const;  // validated; what is thrown names the case
   Tensor run(const RouteOutput& out, const RouteInput& in, Execution execution = Execution::kAuto) const;
   std::vector<NamedTensor> trainable() const;     // "router.weight", "experts.w_in"
   void zero_grad() const;

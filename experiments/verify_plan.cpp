@@ -37,7 +37,6 @@ void check_output(const Subject& subject, const RouteOutput& out, const KitCase&
   must(out.k == 0 || out.k == choice_TK.size(1), "k is not the number of choices", at);
 }
 
-// The input scaled by `scale`; 0 makes all logits equal.
 void check_size(const Subject& subject, const KitCase& at, double scale) {
   const KitLayer layer = kit_layer(subject, at);
   RouteInput in = kit_input(at);
@@ -61,16 +60,24 @@ std::vector<KitCase> edge_sizes() {
   return sizes;
 }
 
+struct EdgeInput {
+  double scale;  // 0 makes all logits equal
+  at::ScalarType dtype;
+  CapacityPolicy::Mode capacity;
+};
+
 void check_shapes(const Subject& subject) {
+  static constexpr EdgeInput inputs[] = {{1, at::kDouble, CapacityPolicy::Mode::kNone},
+                                         {0, at::kFloat, CapacityPolicy::Mode::kFactor},
+                                         {1e4, at::kFloat, CapacityPolicy::Mode::kFactor}};
   for (KitCase at : edge_sizes())
     for (const Mode mode : {Mode::kTrain, Mode::kEval})
-      for (const double scale : {1.0, 0.0, 1e4})
-        for (const bool drops : {false, true}) {
-          at.mode = mode;
-          at.dtype = drops ? at::kFloat : at::kDouble;
-          at.capacity.mode = drops ? CapacityPolicy::Mode::kFactor : CapacityPolicy::Mode::kNone;
-          check_size(subject, at, scale);
-        }
+      for (const EdgeInput& input : inputs) {
+        at.mode = mode;
+        at.dtype = input.dtype;
+        at.capacity.mode = input.capacity;
+        check_size(subject, at, input.scale);
+      }
 }
 
 std::string ties_not_applicable(const Subject& subject) {
