@@ -37,7 +37,8 @@ void send_logs_to_stderr() {
 }
 
 int say_and_end(ExitCode code, const std::string& message) {
-  fmt::print(stderr, "moelab: {}\n", message.substr(0, message.find('\n')));
+  // fputs: where stderr is full or closed, the exit code still tells.
+  std::fputs(fmt::format("moelab: {}\n", message.substr(0, message.find('\n'))).c_str(), stderr);
   return static_cast<int>(code);
 }
 

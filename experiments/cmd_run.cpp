@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include <chrono>
+#include <exception>
 #include <filesystem>
 #include <memory>
 
@@ -49,6 +50,17 @@ void end_interrupted(Outcome outcome, const RunFolder& folder, int64_t step) {
   throw Error(code, fmt::format("{} after step {}, checkpoint saved; go on with `moelab resume {}`", outcome_word(outcome), step, folder.path()));
 }
 
+// The error itself goes on to the user, also where a full disk takes no word of it.
+void record_failure(RunFolder& folder, RecordWriter& records, int64_t step, const std::exception& failure) {
+  const auto* known = dynamic_cast<const Error*>(&failure);
+  const bool diverged = known && known->code() == ExitCode::kDiverged;
+  try {
+    records.event(step, diverged ? "diverged" : "failed", {{"message", failure.what()}});
+    folder.set_status(fmt::format("failed: {}", failure.what()));
+  } catch (const Error&) {
+  }
+}
+
 // Trains from where `checkpoint` left off (null: from the start), and reports.
 void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoint, const RunArguments& arguments) {
   const auto start = std::chrono::steady_clock::now();
@@ -70,9 +82,8 @@ void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoi
   Outcome outcome = Outcome::kDone;
   try {
     outcome = trainer.run();
-  } catch (const Error& error) {
-    records.event(trainer.step(), error.code() == ExitCode::kDiverged ? "diverged" : "failed", {{"message", error.what()}});
-    folder.set_status(fmt::format("failed: {}", error.what()));
+  } catch (const std::exception& error) {
+    record_failure(folder, records, trainer.step(), error);
     throw;
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -9,6 +9,9 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 
+#include <fmt/format.h>
+
+#include <csignal>
 #include <sstream>
 
 namespace moelab {
@@ -22,11 +25,30 @@ std::string values_only(const Table& root) {
   return text;
 }
 
-// Before data are read.
-void require_objective(const Table& root, const std::string& name) try {
-  make_objective(name);
-} catch (const Error& error) {
-  root.child("train").fail("objective", error.what());
+// LibTorch tells by words alone that memory ran out.
+std::shared_ptr<Model> model_that_fits(const Experiment& e) {
+  try {
+    return make_model(e.root, e.data->vocabulary(), e.train.seed, e.train.allow_noncausal_training);
+  } catch (const c10::Error& error) {
+    if (std::string(error.what()).find("allocate") == std::string::npos) throw;
+    e.root.fail("model", "this model does not fit into memory; make [model] or [moe] smaller (`moelab check` tells the bytes)");
+  }
+}
+
+void refuse_unknown_objective(const Table& root, const std::string& name) {
+  try {
+    make_objective(name);
+  } catch (const Error& error) {
+    root.child("train").fail("objective", error.what());
+  }
+}
+
+// It names a folder below runs/.
+std::string run_name(const Table& root) {
+  const std::string name = root.options({option("name", "run", "")}, root.keys()).text("name");
+  if (name.empty() || name.front() == '.' || name.find('/') != std::string::npos)
+    root.fail("name", fmt::format("'{}' cannot name a folder; use letters, digits, - and _", name));
+  return name;
 }
 
 }  // namespace
@@ -41,12 +63,12 @@ Experiment load_experiment(const Table& root) {
   load_plugins(root);
   Experiment e;
   e.root = root;
-  e.name = root.options({option("name", "run", "")}, root.keys()).text("name");
+  e.name = run_name(root);
   e.config_id = xxh3_hex(values_only(root)).substr(0, 8);
   e.train = read_train_settings(root);
-  require_objective(root, e.train.objective);
+  refuse_unknown_objective(root, e.train.objective);  // before data are read
   e.data = read_dataset(root, model_context(root));
-  e.model = make_model(root, e.data->vocabulary(), e.train.seed, e.train.allow_noncausal_training);
+  e.model = model_that_fits(e);
   CorpusStatistics statistics{e.data->token_counts_V()};
   for (Site* site : e.model->sites()) site->router->prepare(statistics);
   return e;
@@ -56,6 +78,7 @@ void prepare_process(const TrainSettings& settings) {
   keep_freed_memory();
   if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
   at::globalContext().setFlushDenormal(true);
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of the write, with its name, like a full disk
 }
 
 }  // namespace moelab

@@ -8,6 +8,7 @@
 #include <fmt/chrono.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <ctime>
 #include <filesystem>
 
@@ -38,6 +39,12 @@ void drop_final_evaluation(const std::string& path) {
   write_file_atomically(path, text.substr(0, last));
 }
 
+// A lock alone is left where a start failed at once.
+bool holds_files(const std::string& place) {
+  if (!fs::exists(place)) return false;
+  return std::any_of(fs::directory_iterator(place), fs::directory_iterator(), [](const auto& entry) { return entry.path().filename() != ".lock"; });
+}
+
 nlohmann::json environment() {
   return {{"moelab", MOELAB_VERSION}, {"libtorch", TORCH_VERSION}, {"compiler", __VERSION__},
           {"threads", at::get_num_threads()}, {"started", utc_now()}};
@@ -48,15 +55,22 @@ nlohmann::json environment() {
 std::unique_ptr<RunFolder> RunFolder::create(const std::string& path, const std::string& name, const std::string& config_id,
                                              int64_t seed, const std::string& config_path, const std::string& resolved) {
   const std::string place = !path.empty() ? path : fmt::format("runs/{}/{}-{}-s{}", name, utc_now(), config_id, seed);
-  if (fs::exists(place) && !fs::is_empty(place))
+  if (fs::exists(place) && !fs::is_directory(place)) usage_error(fmt::format("{} is a file; choose another folder with --out", place));
+  if (holds_files(place))
     usage_error(fmt::format("{} holds a run already: use `moelab resume {}`, or choose another folder with --out", place, place));
   make_folders(place);
   std::unique_ptr<RunFolder> folder(new RunFolder(place));
   folder->lock();
-  write_file_atomically(folder->file("config.toml"), read_file(config_path));
-  write_file_atomically(folder->resolved_config(), resolved);
-  write_file_atomically(folder->file("env.json"), environment().dump(2) + "\n");
-  folder->set_status("started");
+  try {
+    write_file_atomically(folder->file("config.toml"), read_file(config_path));
+    write_file_atomically(folder->resolved_config(), resolved);
+    write_file_atomically(folder->file("env.json"), environment().dump(2) + "\n");
+    folder->set_status("started");
+  } catch (...) {
+    std::error_code ignored;
+    fs::remove_all(place, ignored);  // ours: it was empty, and we hold its lock
+    throw;
+  }
   return folder;
 }
 

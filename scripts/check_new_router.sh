@@ -55,3 +55,4 @@ build "the router does not compile"
 test_passes || { tail -20 "$SCRATCH/test.log" >&2; fail "its test does not pass"; }
 run_ends_with 0
 say "ok"
+[ "$ROOT" != "$HERE" ] || { rm -f "${WRITTEN[@]}"; build "the checkout no longer builds"; }  # leaves the build as it was

@@ -1,5 +1,6 @@
 #include "tests/support/program.h"
 
+#include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -13,10 +14,17 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// freopen() would write out what the parent had buffered.
+bool child_redirect(const char* path, int flags, int descriptor) {
+  const int file = open(path, flags, 0600);
+  return file >= 0 && dup2(file, descriptor) == descriptor;
+}
+
 // In the child: only calls that are safe between fork and exec.
 [[noreturn]] void become_program(const std::vector<char*>& argv, const char* folder, const char* out, const char* err) {
   if (*folder != '\0' && chdir(folder) != 0) _exit(126);
-  if (!freopen(out, "w", stdout) || !freopen(err, "w", stderr) || !freopen("/dev/null", "r", stdin)) _exit(126);
+  constexpr int kNew = O_WRONLY | O_CREAT | O_TRUNC;
+  if (!child_redirect(out, kNew, 1) || !child_redirect(err, kNew, 2) || !child_redirect("/dev/null", O_RDONLY, 0)) _exit(126);
   execv(argv[0], argv.data());
   _exit(127);
 }
