@@ -63,7 +63,7 @@ LossStatistics first_sweep(const Loss& loss, const Problem& problem, Comm& comm)
   return total;
 }
 
-struct Outcome {
+struct ScopeOutcome {
   double value = 0;
   Tensor weight_grad, noise_grad;
 };
@@ -72,7 +72,7 @@ Tensor gradient_or_zero(const Tensor& parameter) {
   return parameter.grad().defined() ? parameter.grad() : parameter.detach().mul(0);
 }
 
-Outcome in_parts(const Loss& loss, Comm& comm) {
+ScopeOutcome in_parts(const Loss& loss, Comm& comm) {
   const Problem problem;
   const BareRouter router;
   const LossStatistics total = first_sweep(loss, problem, comm);
@@ -81,14 +81,14 @@ Outcome in_parts(const Loss& loss, Comm& comm) {
     const int part = comm.rank() * kMicro + m;
     inner_product(gradient, problem.statistics(loss, kCuts[part], kCuts[part + 1])).backward();
   }
-  Outcome outcome{loss.value(total, router).item<double>(), gradient_or_zero(problem.weight_ED),
+  ScopeOutcome outcome{loss.value(total, router).item<double>(), gradient_or_zero(problem.weight_ED),
                   gradient_or_zero(problem.noise_weight_ED)};
   comm.all_reduce(outcome.weight_grad);
   comm.all_reduce(outcome.noise_grad);
   return outcome;
 }
 
-Outcome in_one(const Loss& loss) {
+ScopeOutcome in_one(const Loss& loss) {
   const Problem problem;
   const BareRouter router;
   const Tensor value = loss.value(problem.statistics(loss, 0, kCuts.back()), router);
@@ -102,11 +102,11 @@ TEST_CASE("Step-scope losses over 4 micro-batches × 2 ranks equal one big batch
   for (const char* name : {"balance", "importance", "load", "z", "entropy"}) {
     CAPTURE(name);
     const auto loss = make_loss(name);
-    const Outcome whole = in_one(*loss);
-    std::vector<Outcome> ranks(kRanks);
+    const ScopeOutcome whole = in_one(*loss);
+    std::vector<ScopeOutcome> ranks(kRanks);
     run_on_threads(kRanks, [&](std::shared_ptr<Comm> comm) { ranks[comm->rank()] = in_parts(*loss, *comm); });
     REQUIRE(whole.weight_grad.abs().max().item<double>() > 0);
-    for (const Outcome& rank : ranks) {
+    for (const ScopeOutcome& rank : ranks) {
       CHECK(std::abs(rank.value - whole.value) <= 1e-12 * std::abs(whole.value));
       CHECK(relative_error(rank.weight_grad, whole.weight_grad) < 1e-12);
       CHECK(relative_error(rank.noise_grad, whole.noise_grad) < 1e-12);
