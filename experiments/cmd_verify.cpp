@@ -62,8 +62,11 @@ void check_property_names(const std::vector<std::string>& wanted) {
 nlohmann::ordered_json findings_json(const std::vector<Finding>& findings) {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   for (const Finding& finding : findings)
-    list.push_back({{"kind", finding.kind}, {"name", finding.name}, {"property", finding.property},
-                    {"result", to_string(finding.verdict)}, {"reason", finding.reason}});
+    list.push_back({{"kind", finding.kind},
+                    {"name", finding.name},
+                    {"property", finding.property},
+                    {"result", to_string(finding.verdict)},
+                    {"reason", finding.reason}});
   return list;
 }
 
@@ -73,7 +76,8 @@ std::string findings_table(const std::vector<Finding>& findings) {
   for (const Finding& finding : findings) {
     auto& head = rows.front();
     if (std::count(head.begin(), head.end(), finding.name) == 0) head.push_back(finding.name);
-    const auto row = std::find_if(rows.begin(), rows.end(), [&](const auto& cells) { return cells.front() == finding.property; });
+    const auto row = std::find_if(rows.begin(), rows.end(),
+                                  [&](const auto& cells) { return cells.front() == finding.property; });
     if (row == rows.end()) rows.push_back({finding.property, to_string(finding.verdict)});
     else row->push_back(to_string(finding.verdict));
   }
@@ -100,7 +104,8 @@ void run_verify(const VerifyArguments& arguments) {
   check_property_names(arguments.settings.only);
   std::vector<Finding> findings;
   for (const std::string& name : wanted_routers(arguments))
-    for (Finding& finding : verify_router(Registry<RouterEntry>::instance().find(name), arguments.settings)) findings.push_back(std::move(finding));
+    for (Finding& finding : verify_router(Registry<RouterEntry>::instance().find(name), arguments.settings))
+      findings.push_back(std::move(finding));
   if (arguments.json) fmt::print("{}\n", findings_json(findings).dump(2));
   else fmt::print("{}{}{}", findings_table(findings), reasons_text(findings), summary_line(findings));
   const int64_t failed = count_of(findings, Verdict::kFail);
@@ -121,7 +126,8 @@ void add_verify_command(CLI::App& app) {
   verb->add_option("NAME", arguments->names, "routers, or shared libraries (.so) with routers of your own");
   verb->add_flag("--all", arguments->all, "every registered router");
   verb->add_option("--property", arguments->settings.only, "only this property; may be repeated")->take_all();
-  verb->add_option("--cases", arguments->settings.cases, "random cases of the property `executors`")->check(CLI::PositiveNumber);
+  verb->add_option("--cases", arguments->settings.cases, "random cases of the property `executors`")
+      ->check(CLI::PositiveNumber);
   verb->add_option("--seed", arguments->settings.seed, "of the random cases");
   verb->add_flag("--json", arguments->json, "print one JSON document");
   verb->footer(properties_footer());

@@ -17,7 +17,8 @@ std::string capacity_not_applicable(const Subject& subject) {
 
 // A case with a random policy, in a mode in which the choice does not depend on the capacity.
 KitCase capacity_case(const Subject& subject, std::mt19937_64& draw) {
-  KitCase at{.rows = pick(draw, 0, 40), .sequences = pick(draw, 1, 4), .capacity = random_capacity(draw), .seed = pick(draw, 0, 999)};
+  KitCase at{
+      .rows = pick(draw, 0, 40), .sequences = pick(draw, 1, 4), .capacity = random_capacity(draw), .seed = pick(draw, 0, 999)};
   at.mode = pick(draw, 0, 1) == 0 ? Mode::kTrain : Mode::kEval;
   if (!decides_row_by_row(subject, at.mode)) at.mode = at.mode == Mode::kTrain ? Mode::kEval : Mode::kTrain;
   return at;
@@ -44,8 +45,10 @@ void check_conserved_once(const Subject& subject, const KitCase& at) {
   must(at::equal(all.kept_TK, some.kept_TK.logical_or(some.dropped_TK)),
        "kept and dropped pairs are not those that are kept without a capacity", at);
   const RoutingRecord record = record_of(in, out, at.experts);
-  must(record.chosen_E == count_pairs(all.choice_TK, all.kept_TK, at.experts), "pairs per expert are not counted before the drops", at);
-  must(record.accepted_E == count_pairs(some.choice_TK, some.kept_TK, at.experts), "accepted pairs per expert are counted wrongly", at);
+  must(record.chosen_E == count_pairs(all.choice_TK, all.kept_TK, at.experts),
+       "pairs per expert are not counted before the drops", at);
+  must(record.accepted_E == count_pairs(some.choice_TK, some.kept_TK, at.experts),
+       "accepted pairs per expert are counted wrongly", at);
   const auto& plan = std::get<SparsePlan>(out.plan);
   must(plan.token_N.numel() == some.kept_TK.sum().item<int64_t>(), "the plan holds other pairs than those kept", at);
   must(plan.dropped_token_M.numel() == some.dropped_TK.sum().item<int64_t>(), "the plan lists other drops than those made", at);
@@ -59,7 +62,8 @@ void check_conserved(const Subject& subject) {
 // Places left of (scope, expert), and the rule that a pair takes one while there is one.
 class Places {
  public:
-  Places(const KitCase& at, const RouteInput& in, int64_t k) : in_(in), per_sequence_(at.capacity.scope == CapacityPolicy::Scope::kSequence) {
+  Places(const KitCase& at, const RouteInput& in, int64_t k)
+      : in_(in), per_sequence_(at.capacity.scope == CapacityPolicy::Scope::kSequence) {
     for (int64_t scope = 0; scope < (per_sequence_ ? in.sequences : 1); ++scope) {
       const int64_t rows = per_sequence_ ? in.sequence_T.eq(scope).sum().item<int64_t>() : in.rows();
       left_.emplace_back(at.experts, at.capacity.places(rows, at.experts, k));
@@ -83,7 +87,8 @@ void check_served_by_position(const RouteInput& in, const Assignment& assignment
     const int64_t t = by_rank ? i % rows : i / choices, k = by_rank ? i / rows : i % choices;
     const bool kept = assignment.kept_TK[t][k].item<bool>();
     if (!kept && !assignment.dropped_TK[t][k].item<bool>()) continue;  // refused, or no choice
-    must(places.take(t, assignment.choice_TK[t][k].item<int64_t>()) == kept, fmt::format("choice {} of row {} is served out of turn", k, t), at);
+    must(places.take(t, assignment.choice_TK[t][k].item<int64_t>()) == kept,
+         fmt::format("choice {} of row {} is served out of turn", k, t), at);
   }
 }
 
@@ -95,7 +100,8 @@ void check_full_use(const RouteInput& in, const Assignment& assignment, const Ki
       for (int64_t k = 0; k < assignment.choice_TK.size(1); ++k)
         if (marked_TK[t][k].item<bool>()) visit(t, assignment.choice_TK[t][k].item<int64_t>());
   };
-  each(assignment.kept_TK, [&](int64_t t, int64_t e) { must(places.take(t, e), fmt::format("expert {} takes more than its places", e), at); });
+  each(assignment.kept_TK,
+       [&](int64_t t, int64_t e) { must(places.take(t, e), fmt::format("expert {} takes more than its places", e), at); });
   each(assignment.dropped_TK, [&](int64_t t, int64_t e) {
     must(places.left(t, e) == 0, fmt::format("row {} is dropped while expert {} has a free place", t, e), at);
   });
@@ -117,8 +123,8 @@ void check_capacity(const Subject& subject) {
 
 std::vector<Property> capacity_properties() {
   return {
-      {"conserved", "kept, dropped and refused pairs are the chosen ones, and are counted before the drops", capacity_not_applicable,
-       check_conserved},
+      {"conserved", "kept, dropped and refused pairs are the chosen ones, and are counted before the drops",
+       capacity_not_applicable, check_conserved},
       {"capacity", "no expert takes more than its places or leaves one empty; rows are served in the order of the policy",
        capacity_not_applicable, check_capacity},
   };

@@ -120,9 +120,10 @@ KitLayer kit_layer(const Subject& subject, const KitCase& at) {
   layer.site.layer = kKitLayer;
   layer.site.router = kit_router(subject.entry, subject.variant, at);
   const ExpertEntry& ffn = Registry<ExpertEntry>::instance().find("ffn");
-  const Options options =
-      kit_options(ffn.options, {{"activation", at.activation}, {"width", kKitExpertWidth}, {"bias", at.bias}});
-  layer.site.bank = make_experts("ffn", {at.width, at.experts, at.dtype, random_key(at.seed, "verify").with("experts"), 1, options});
+  const Options options = kit_options(ffn.options,
+                                      {{"activation", at.activation}, {"width", kKitExpertWidth}, {"bias", at.bias}});
+  layer.site.bank = make_experts("ffn",
+                                 {at.width, at.experts, at.dtype, random_key(at.seed, "verify").with("experts"), 1, options});
   layer.site.losses = attachable_losses(subject.entry, subject.facts);
   scramble(*layer.site.router, at);
   scramble(*layer.site.bank, at);
@@ -175,7 +176,8 @@ int64_t pick(std::mt19937_64& draw, int64_t low, int64_t high) {
 CapacityPolicy random_capacity(std::mt19937_64& draw) {
   CapacityPolicy policy;
   policy.mode = static_cast<CapacityPolicy::Mode>(pick(draw, 1, 3));
-  policy.factor = policy.mode == CapacityPolicy::Mode::kTokenFraction ? 0.25 : 0.5 + 0.25 * static_cast<double>(pick(draw, 0, 4));
+  policy.factor = policy.mode == CapacityPolicy::Mode::kTokenFraction ? 0.25
+                                                                      : 0.5 + 0.25 * static_cast<double>(pick(draw, 0, 4));
   policy.value = pick(draw, 0, 8);
   policy.times_k = pick(draw, 0, 1) == 1;
   policy.round = static_cast<CapacityPolicy::Round>(pick(draw, 0, 2));
@@ -237,8 +239,12 @@ Tensor decision_of_rows(const RouteOutput& out) {
 
 std::vector<NamedTensor> plan_tensors(const Plan& plan) {
   if (const auto* p = std::get_if<SparsePlan>(&plan))
-    return {{"token", p->token_N},     {"expert", p->expert_N},  {"gate", p->gate_N.detach()},
-            {"offsets", p->offsets_E1}, {"slot", p->slot_TK},     {"dropped_token", p->dropped_token_M},
+    return {{"token", p->token_N},
+            {"expert", p->expert_N},
+            {"gate", p->gate_N.detach()},
+            {"offsets", p->offsets_E1},
+            {"slot", p->slot_TK},
+            {"dropped_token", p->dropped_token_M},
             {"dropped_expert", p->dropped_expert_M}};
   if (const auto* p = std::get_if<SoftPlan>(&plan)) return {{"dispatch and combine", soft_rows(*p)}};
   const auto& p = std::get<MergePlan>(plan);

@@ -14,7 +14,7 @@ struct KitCase {
   int64_t sequences = 3;
   int64_t width = 5;
   int64_t experts = 4;
-  int64_t k = 0;  // 0 = the router's default, or `experts` where that is less
+  int64_t k = 0;                 // 0 = the router's default, or `experts` where that is less
   CapacityPolicy capacity = {};  // in training and in evaluation
   Mode mode = Mode::kTrain;
   at::ScalarType dtype = at::kDouble;
@@ -33,7 +33,7 @@ struct KitLayer {
   KitCase at;
   RouteOutput route(const RouteInput& in) const;  // validated; what is thrown names the case
   Tensor run(const RouteOutput& out, const RouteInput& in, Execution execution = Execution::kAuto) const;
-  std::vector<NamedTensor> trainable() const;     // "router.weight", "experts.w_in"
+  std::vector<NamedTensor> trainable() const;  // "router.weight", "experts.w_in"
   void zero_grad() const;
 };
 KitLayer kit_layer(const Subject& subject, const KitCase& at);

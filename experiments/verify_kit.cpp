@@ -90,8 +90,8 @@ const char* to_string(Verdict verdict) {
 
 std::vector<Property> router_properties() {
   std::vector<Property> all;
-  for (const auto& table : {plan_properties(), capacity_properties(), value_properties(), split_properties(), state_properties(),
-                            order_properties(), loss_properties()})
+  for (const auto& table : {plan_properties(), capacity_properties(), value_properties(), split_properties(),
+                            state_properties(), order_properties(), loss_properties()})
     all.insert(all.end(), table.begin(), table.end());
   return all;
 }

@@ -22,7 +22,7 @@ struct Variant {
 struct Subject {
   const RouterEntry& entry;
   Variant variant;
-  RouterFacts facts;  // of an instance with this variant
+  RouterFacts facts;   // of an instance with this variant
   int64_t cases = 20;  // random cases of the executors' property
   int64_t seed = 0;
 };

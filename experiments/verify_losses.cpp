@@ -68,8 +68,10 @@ void check_landmarks(const Subject& subject) {
   for (const LossTerm& term : layer.site.losses) {
     if (!is_papers(subject, term.label)) continue;
     const Landmarks landmarks = term.loss->landmarks(at.experts, k);
-    must_hit(loss_value(term, in, balanced(at.experts, k), *layer.site.router, at.experts), landmarks.balance, term.label, "balance", at);
-    must_hit(loss_value(term, in, collapsed(at.experts, k), *layer.site.router, at.experts), landmarks.collapse, term.label, "collapse", at);
+    must_hit(loss_value(term, in, balanced(at.experts, k), *layer.site.router, at.experts), landmarks.balance, term.label,
+             "balance", at);
+    must_hit(loss_value(term, in, collapsed(at.experts, k), *layer.site.router, at.experts), landmarks.collapse, term.label,
+             "collapse", at);
   }
 }
 

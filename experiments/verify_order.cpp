@@ -76,7 +76,9 @@ void check_causality(const Subject& subject) {
       const Causality claim = causality(subject.facts, policy, mode, k);
       const Leak leak = probe_leaks(subject, at);
       must(!claim.causal || leak.worst <= 1e-12,
-           fmt::format("causal by its facts ({}), but changing row {} changes earlier rows of its sequence by {:.3g}", claim.reason, leak.row, leak.worst), at);
+           fmt::format("causal by its facts ({}), but changing row {} changes earlier rows of its sequence by {:.3g}",
+                       claim.reason, leak.row, leak.worst),
+           at);
       const bool by_method = subject.facts.looks_ahead || !decides_row_by_row(subject, mode);
       must(!by_method || leak.worst > 1e-9, "it says that it looks ahead, but no later token changes an earlier row", at);
     }
@@ -87,14 +89,16 @@ void check_other_rows(const Subject& subject) {
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
     if (!decides_row_by_row(subject, mode)) continue;
     const at::NoGradGuard no_grad;
-    const KitCase at{.capacity = {.mode = CapacityPolicy::Mode::kFactor, .priority = CapacityPolicy::Priority::kBatch}, .mode = mode};
+    const KitCase at{.capacity = {.mode = CapacityPolicy::Mode::kFactor, .priority = CapacityPolicy::Priority::kBatch},
+                     .mode = mode};
     const KitLayer layer = kit_layer(subject, at);
     const RouteInput in = kit_input(at);
     const Decided all = decide_rows(layer, in);
     for (int64_t b = 0; b < in.sequences; ++b) {
       const KitPart part = sequences_of(in, b, b + 1);
       const Decided alone = decide_rows(layer, part.in);
-      must_agree(alone.rows_Tn, all.rows_Tn.index_select(0, part.row_T), 1e-12, fmt::format("decisions of sequence {} alone", b), at);
+      must_agree(alone.rows_Tn, all.rows_Tn.index_select(0, part.row_T), 1e-12,
+                 fmt::format("decisions of sequence {} alone", b), at);
       must_agree(alone.y_TD, all.y_TD.index_select(0, part.row_T), 1e-11, fmt::format("output of sequence {} alone", b), at);
     }
   }
@@ -115,7 +119,8 @@ Rectangle padded_rectangle(const RouteInput& in) {
   wide.batch.tokens_BL.index_put_({in.sequence_T, in.position_T}, in.token_ids_T);
   wide.batch.sequence_B = at::arange(in.sequences, at::kLong).add(100);
   wide.batch.domain_B = at::arange(in.sequences, at::kLong).remainder(2);
-  wide.x_BLD = at::full({in.sequences, length, in.x_TD.size(1)}, std::numeric_limits<double>::quiet_NaN(), in.x_TD.options().requires_grad(false));
+  wide.x_BLD = at::full({in.sequences, length, in.x_TD.size(1)}, std::numeric_limits<double>::quiet_NaN(),
+                        in.x_TD.options().requires_grad(false));
   wide.x_BLD.index_put_({in.sequence_T, in.position_T}, in.x_TD.detach());
   return wide;
 }
@@ -146,10 +151,11 @@ void check_padding(const Subject& subject) {
 
 std::vector<Property> order_properties() {
   return {
-      {"causality", "changing a token changes no earlier row of its sequence where the facts and the capacity say causal", always_applies,
-       check_causality},
+      {"causality", "changing a token changes no earlier row of its sequence where the facts and the capacity say causal",
+       always_applies, check_causality},
       {"other_rows", "a sequence decides the same without the others", needs_independence, check_other_rows},
-      {"padding", "a padded batch gives bitwise the plan and the counts of the same rows without padding", always_applies, check_padding},
+      {"padding", "a padded batch gives bitwise the plan and the counts of the same rows without padding", always_applies,
+       check_padding},
   };
 }
 

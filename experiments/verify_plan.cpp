@@ -103,7 +103,9 @@ void check_ties(const Subject& subject) {
        "a tie does not go to the lowest expert index", at);
 }
 
-Renormalise renormalise_of(const Subject& subject) { return kit_router(subject.entry, subject.variant, {})->spec().renormalise(); }
+Renormalise renormalise_of(const Subject& subject) {
+  return kit_router(subject.entry, subject.variant, {})->spec().renormalise();
+}
 
 std::string gates_not_applicable(const Subject& subject) {
   return renormalise_of(subject) == Renormalise::kNone ? "its gates are not renormalised" : "";
@@ -127,7 +129,8 @@ std::string refusal_of(const KitLayer& layer, const RouteInput& in, const KitCas
   try {
     layer.route(in);
   } catch (const Error& error) {
-    must(error.code() == ExitCode::kDiverged, std::string("non-finite input ends with another exit code than 3: ") + error.what(), at);
+    must(error.code() == ExitCode::kDiverged,
+         std::string("non-finite input ends with another exit code than 3: ") + error.what(), at);
     return error.what();
   }
   throw std::runtime_error(fmt::format("non-finite input is not refused ({})", at.text()));
@@ -141,8 +144,10 @@ void check_non_finite(const Subject& subject) {
       in.x_TD = in.x_TD.detach().clone();
       in.x_TD.mutable_data_ptr<double>()[at.width * 4 + 2] = bad;
       const std::string message = refusal_of(kit_layer(subject, at), in, at);
-      must(message.find(fmt::format("layer {}", in.layer)) != std::string::npos, "the refusal does not name the layer: " + message, at);
-      must(message.find(fmt::format("step {}", in.step)) != std::string::npos, "the refusal does not name the step: " + message, at);
+      must(message.find(fmt::format("layer {}", in.layer)) != std::string::npos,
+           "the refusal does not name the layer: " + message, at);
+      must(message.find(fmt::format("step {}", in.step)) != std::string::npos, "the refusal does not name the step: " + message,
+           at);
     }
 }
 

@@ -30,7 +30,8 @@ struct PartPass {
 PartPass pass_over(const KitLayer& layer, const KitPart& part, const Tensor& grad_y_TD, Execution execution) {
   PartPass pass{layer.route(part.in), {}, {}};
   pass.task = layer.run(pass.routed, part.in, execution).mul(grad_y_TD.index_select(0, part.row_T)).sum();
-  for (TermStatistics& term : term_statistics(layer.site, part.in, pass.routed)) pass.statistics.push_back(term.per_scope.front());
+  for (TermStatistics& term : term_statistics(layer.site, part.in, pass.routed))
+    pass.statistics.push_back(term.per_scope.front());
   return pass;
 }
 
@@ -64,7 +65,8 @@ void note_gradients(StepResult& result, const KitLayer& layer, const Tensor& x_T
 }
 
 // One graph over all parts, each evaluated by the reference executor; the losses of the summed statistics.
-StepResult in_one_graph(const KitLayer& layer, const RouteInput& in, const std::vector<KitPart>& parts, const Tensor& grad_y_TD) {
+StepResult in_one_graph(const KitLayer& layer, const RouteInput& in, const std::vector<KitPart>& parts,
+                        const Tensor& grad_y_TD) {
   StepResult result;
   std::vector<LossStatistics> total;
   Tensor scalar = at::full({}, 0, grad_y_TD.options());
@@ -82,7 +84,8 @@ StepResult in_one_graph(const KitLayer& layer, const RouteInput& in, const std::
 }
 
 // A sweep without gradient, over this rank's parts and then over the ranks.
-std::vector<LossStatistics> swept_statistics(const KitLayer& layer, const std::vector<KitPart>& parts, const Tensor& grad_y_TD, Comm& comm) {
+std::vector<LossStatistics> swept_statistics(const KitLayer& layer, const std::vector<KitPart>& parts, const Tensor& grad_y_TD,
+                                             Comm& comm) {
   const at::NoGradGuard no_grad;
   std::vector<LossStatistics> total;
   for (const KitPart& part : parts) add_statistics(total, pass_over(layer, part, grad_y_TD, Execution::kAuto).statistics);
@@ -96,7 +99,8 @@ std::vector<LossStatistics> swept_statistics(const KitLayer& layer, const std::v
 }
 
 // What the trainer does: ⟨∂value/∂S, S_m⟩ in each micro-batch's backward, gradients summed over micro-batches and ranks.
-StepResult in_parts(const KitLayer& layer, const RouteInput& in, const std::vector<KitPart>& parts, const Tensor& grad_y_TD, Comm& comm) {
+StepResult in_parts(const KitLayer& layer, const RouteInput& in, const std::vector<KitPart>& parts, const Tensor& grad_y_TD,
+                    Comm& comm) {
   StepResult result;
   const std::vector<LossStatistics> total = swept_statistics(layer, parts, grad_y_TD, comm);
   for (const KitPart& part : parts) {
@@ -117,16 +121,19 @@ StepResult in_parts(const KitLayer& layer, const RouteInput& in, const std::vect
   return result;
 }
 
-void must_equal_step(const StepResult& found, const StepResult& whole, const std::string& how, const KitLayer& layer, const KitCase& at) {
+void must_equal_step(const StepResult& found, const StepResult& whole, const std::string& how, const KitLayer& layer,
+                     const KitCase& at) {
   must_equal(found.record, whole.record, "counters " + how, at);
   for (size_t i = 0; i < whole.losses.size(); ++i)
     must_agree(found.losses[i], whole.losses[i], kSplitTolerance, "loss " + layer.site.losses[i].label + " " + how, at);
   double scale = 1e-30;  // of all gradients: the router's may cancel to nothing
   for (const auto& [name, gradient] : whole.gradients) scale = std::max(scale, gradient.abs().max().item<double>());
   for (const auto& [name, gradient] : whole.gradients)
-    must(found.gradients.at(name).sub(gradient).abs().max().item<double>() <= kSplitTolerance * scale, "gradient of " + name + " " + how + " differs", at);
+    must(found.gradients.at(name).sub(gradient).abs().max().item<double>() <= kSplitTolerance * scale,
+         "gradient of " + name + " " + how + " differs", at);
   must(found.deltas.size() == whole.deltas.size(), "deltas " + how + " differ in number", at);
-  for (const auto& [name, delta] : whole.deltas) must_agree(found.deltas.at(name), delta, kSplitTolerance, "delta " + name + " " + how, at);
+  for (const auto& [name, delta] : whole.deltas)
+    must_agree(found.deltas.at(name), delta, kSplitTolerance, "delta " + name + " " + how, at);
 }
 
 // The reference: the batch in one piece where rows decide for themselves, else each micro-batch by itself.
@@ -190,7 +197,8 @@ void check_thread_ranks(const Subject& subject) {
 
 std::vector<Property> split_properties() {
   return {
-      {"micro_batches", "micro-batches leave counters, exact step-scope losses and gradients as they are (or as each micro-batch alone)",
+      {"micro_batches",
+       "micro-batches leave counters, exact step-scope losses and gradients as they are (or as each micro-batch alone)",
        always_applies, check_micro_batches},
       {"thread_ranks", "the same over 2 ranks", always_applies, check_thread_ranks},
   };

@@ -136,7 +136,8 @@ void check_end_step(const Subject& subject) {
   const std::vector<Tensor> moved = buffers_after_step(subject, at);
   std::vector<NamedTensor> start = kit_layer(subject, at).site.router->buffers();
   for (size_t i = 0; i < moved.size(); ++i)
-    must(subject.facts.stateful || at::equal(moved[i], start[i].tensor), "it says that it has no state, but end_step() moves " + start[i].name, at);
+    must(subject.facts.stateful || at::equal(moved[i], start[i].tensor),
+         "it says that it has no state, but end_step() moves " + start[i].name, at);
 }
 
 }  // namespace
@@ -144,7 +145,8 @@ void check_end_step(const Subject& subject) {
 std::vector<Property> state_properties() {
   return {
       {"determinism", "the same call twice is bitwise equal, in training and in evaluation", always_applies, check_determinism},
-      {"draws", "another step or seed gives another plan exactly where the facts say that it draws", always_applies, check_draws},
+      {"draws", "another step or seed gives another plan exactly where the facts say that it draws", always_applies,
+       check_draws},
       {"const_route", "route() changes no parameter and no buffer", always_applies, check_const_route},
       {"replay", "a forced selection gives the recorded plan bitwise and counts the same", needs_choices, check_replay},
       {"end_step", "buffers move in end_step() only where the facts say so", always_applies, check_end_step},

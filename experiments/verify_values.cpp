@@ -14,8 +14,8 @@ namespace {
 
 struct Values {
   Tensor y_TD;
-  std::map<std::string, Tensor> own;       // gradients of x and of the experts, each compared by itself
-  std::map<std::string, Tensor> decision;  // of the gates and the router: where these cancel, the gates' say how large the parts were
+  std::map<std::string, Tensor> own;  // gradients of x and of the experts, each compared by itself
+  std::map<std::string, Tensor> decision;  // of gates and router: where sums cancel, the gates' tell the size of the parts
 };
 
 Tensor gradient_or_zeros(const Tensor& tensor) { return tensor.grad().defined() ? tensor.grad() : at::zeros_like(tensor); }
@@ -39,7 +39,8 @@ Values values_of(const KitLayer& layer, const KitCase& at, Execution execution) 
   Values values{layer.run(out, in, execution), {}, {}};
   values.y_TD.backward(kit_grad_y(at));
   values.own["x"] = gradient_or_zeros(in.x_TD);
-  for (const auto& [name, gradient] : gradients_of(layer)) (name.starts_with("router.") ? values.decision : values.own)[name] = gradient;
+  for (const auto& [name, gradient] : gradients_of(layer))
+    (name.starts_with("router.") ? values.decision : values.own)[name] = gradient;
   for (const NamedTensor& door : doors) values.decision[door.name] = gradient_or_zeros(door.tensor);
   return values;
 }
@@ -67,8 +68,10 @@ void compare_executors(const Subject& subject, const KitCase& at) {
 // Small sizes are as likely as large ones: most mistakes live there.
 KitCase executor_case(std::mt19937_64& draw) {
   static const char* const activations[] = {"relu", "gelu", "gelu_tanh", "swiglu"};
-  KitCase at{.rows = pick(draw, 0, 3) == 0 ? pick(draw, 0, 257) : pick(draw, 0, 33), .sequences = pick(draw, 1, 6),
-             .width = pick(draw, 1, 19), .experts = pick(draw, 1, 16)};
+  KitCase at{.rows = pick(draw, 0, 3) == 0 ? pick(draw, 0, 257) : pick(draw, 0, 33),
+             .sequences = pick(draw, 1, 6),
+             .width = pick(draw, 1, 19),
+             .experts = pick(draw, 1, 16)};
   at.k = pick(draw, 1, at.experts);
   if (pick(draw, 0, 3) > 0) at.capacity = random_capacity(draw);
   at.mode = pick(draw, 0, 2) < 2 ? Mode::kTrain : Mode::kEval;
@@ -127,13 +130,16 @@ void compare_slope(const FrozenScalar& scalar, const NamedTensor& leaf, double s
   const double exact = central_difference(scalar, leaf.tensor, direction);
   const double scale = std::max(std::abs(exact), gradient.norm().item<double>());
   const bool near = std::abs(slope - exact) <= 1e-6 * scale + 1e-8 * (1 + size_of_scalar);
-  must(near, fmt::format("the gradient of {} along a random direction is {:.9g}, finite differences say {:.9g}", leaf.name, slope, exact),
+  must(near,
+       fmt::format("the gradient of {} along a random direction is {:.9g}, finite differences say {:.9g}", leaf.name, slope,
+                   exact),
        scalar.at);
 }
 
 void check_differences(const Subject& subject) {
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
-    const KitCase at{.rows = 11, .capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1.5}, .mode = mode, .seed = subject.seed};
+    const KitCase at{
+        .rows = 11, .capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1.5}, .mode = mode, .seed = subject.seed};
     const KitLayer layer = kit_layer(subject, at);
     const FrozenScalar scalar(layer, at);
     const Tensor value = scalar.value();
@@ -152,7 +158,8 @@ std::string differences_not_applicable(const Subject& subject) {
 void check_learning(const Subject& subject) {
   const KitCase at;
   const KitLayer layer = kit_layer(subject, at);
-  must(subject.facts.learned || layer.site.router->trainable().empty(), "it says that it does not learn, but has trainable parameters", at);
+  must(subject.facts.learned || layer.site.router->trainable().empty(),
+       "it says that it does not learn, but has trainable parameters", at);
   if (!subject.facts.learned) return;
   const RouteInput in = kit_input(at);
   kit_scalar(layer, in, layer.route(in), at).backward();
@@ -183,10 +190,11 @@ void check_unused(const Subject& subject) {
 
 std::vector<Property> value_properties() {
   return {
-      {"executors", "fast executor = reference executor, outputs and gradients, over random sizes, options and capacities (fp64 1e-10, fp32 1e-5)",
+      {"executors",
+       "fast executor = reference executor, outputs and gradients, over random sizes, options and capacities",
        always_applies, check_executors, /*once=*/true},
-      {"finite_differences", "gradients of output and losses = central differences in fp64, the selection frozen", differences_not_applicable,
-       check_differences},
+      {"finite_differences", "gradients of output and losses = central differences in fp64, the selection frozen",
+       differences_not_applicable, check_differences},
       {"learning", "a gradient reaches the router's parameters, or there are none to train", always_applies, check_learning},
       {"unused_expert", "an expert without rows gets a gradient of zero, not a missing one", needs_choices, check_unused},
   };

@@ -30,7 +30,8 @@ class PlainRouter : public LinearRouter {
 
  protected:
   PlainRouter(const RouterSpec& spec, NoiseSpec noise, bool trainable)
-      : LinearRouter(spec, normal_tensor(spec.init.with("weight"), {spec.max_experts, spec.width}, 0.02, spec.dtype), noise, trainable) {}
+      : LinearRouter(spec, normal_tensor(spec.init.with("weight"), {spec.max_experts, spec.width}, 0.02, spec.dtype), noise,
+                     trainable) {}
 
   virtual RouteInput input(const RouteInput& in) const { return in; }
   virtual NoisyLogits scored(const RouteInput& in) const { return score(in); }
@@ -70,7 +71,9 @@ struct TiesToHighest : PlainRouter {
 
 struct SameExpertTwice : PlainRouter {
   using PlainRouter::PlainRouter;
-  Tensor choice(const Tensor& logits_TE) const override { return stable_topk(logits_TE, 1).expand({logits_TE.size(0), spec_.k()}).contiguous(); }
+  Tensor choice(const Tensor& logits_TE) const override {
+    return stable_topk(logits_TE, 1).expand({logits_TE.size(0), spec_.k()}).contiguous();
+  }
 };
 
 struct NoiseInEvaluation : PlainRouter {
@@ -102,7 +105,9 @@ struct NoiseByRowNumber : PlainRouter {
 };
 
 struct StateTouched : PlainRouter {
-  explicit StateTouched(const RouterSpec& spec) : PlainRouter(spec) { calls_ = add_buffer("calls", at::zeros({1}, spec.dtype)); }
+  explicit StateTouched(const RouterSpec& spec) : PlainRouter(spec) {
+    calls_ = add_buffer("calls", at::zeros({1}, spec.dtype));
+  }
   void afterwards(const RouteInput&, RouteOutput&) const override { calls_.add_(1); }
   Tensor calls_;
 };
@@ -125,7 +130,9 @@ struct PeeksAtNextRow : PlainRouter {
 
 struct CountsAfterDrop : PlainRouter {
   using PlainRouter::PlainRouter;
-  void afterwards(const RouteInput&, RouteOutput& out) const override { out.assignment.dropped_TK = at::zeros_like(out.assignment.dropped_TK); }
+  void afterwards(const RouteInput&, RouteOutput& out) const override {
+    out.assignment.dropped_TK = at::zeros_like(out.assignment.dropped_TK);
+  }
 };
 
 struct CapacityWithoutK : PlainRouter {
@@ -172,7 +179,9 @@ struct SaysItLearns : PlainRouter {
 
 // A bias that follows the load, in the choice only, moved by end_step().
 struct Balanced : PlainRouter {
-  explicit Balanced(const RouterSpec& spec) : PlainRouter(spec) { bias_E_ = add_buffer("bias", at::zeros({spec.max_experts}, spec.dtype)); }
+  explicit Balanced(const RouterSpec& spec) : PlainRouter(spec) {
+    bias_E_ = add_buffer("bias", at::zeros({spec.max_experts}, spec.dtype));
+  }
   Tensor choice(const Tensor& logits_TE) const override { return stable_topk(logits_TE.detach().add(bias_E_), spec_.k()); }
   void afterwards(const RouteInput& in, RouteOutput& out) const override {
     const Tensor load_E = at::zeros({spec_.max_experts}, at::kDouble);

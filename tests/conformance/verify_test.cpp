@@ -66,12 +66,13 @@ TEST_CASE("a router that throws fails the property that met it, and one that can
 TEST_CASE("the variants are the defaults, then each other choice alone") {
   std::vector<std::string> labels;
   for (const Variant& variant : variants_of(entry_of("softmax_topk"))) labels.push_back(variant.label);
-  CHECK(labels == std::vector<std::string>{"", "softmax = \"after\"", "renormalise = \"before_drop\"", "renormalise = \"after_drop\"",
-                                           "noise = none", "noise = normal", "noise = jitter"});
+  CHECK(labels == std::vector<std::string>{"", "softmax = \"after\"", "renormalise = \"before_drop\"",
+                                           "renormalise = \"after_drop\"", "noise = none", "noise = normal", "noise = jitter"});
 }
 
 TEST_CASE("verify --json is one array of findings, and the program knows no mutant") {
-  const test::ProgramResult result = test::run_program(MOELAB_PROGRAM, {"verify", "--all", "--json", "--property", "ties", "--property", "non_finite"});
+  const test::ProgramResult result = test::run_program(
+      MOELAB_PROGRAM, {"verify", "--all", "--json", "--property", "ties", "--property", "non_finite"});
   REQUIRE(result.code == 0);
   const nlohmann::json findings = nlohmann::json::parse(result.out);
   std::set<std::string> names;
@@ -95,7 +96,8 @@ TEST_CASE("verify refuses unknown names, unknown properties, and to verify nothi
     return result.err;
   };
   CHECK(refusal({"verify", "swtich"}).find("switch") != std::string::npos);
-  CHECK(refusal({"verify", "switch", "--property", "tie"}) == "moelab: verify: there is no property 'tie', did you mean 'ties'?\n");
+  CHECK(refusal({"verify", "switch", "--property", "tie"}) ==
+        "moelab: verify: there is no property 'tie', did you mean 'ties'?\n");
   CHECK(refusal({"verify"}) == "moelab: verify: name routers, or say --all\n");
   CHECK(refusal({"verify", "switch", "--all"}) == "moelab: verify: name routers, or say --all\n");
 }
