@@ -48,6 +48,7 @@ start_and_kill() {
   ! wait "$child" 2> /dev/null
 }
 
+mkdir -p tests/long
 cases=0 failures=0 start=$SECONDS
 for router in noisy_topk softmax_topk switch gshard uniform random frozen; do
   for mode in train.recompute=false train.micro_batches=2 train.precision=bf16 train.recompute=true; do
