@@ -77,7 +77,7 @@ void check_same(const Finished& a, const Finished& b) {
 }
 
 std::vector<std::string> changed_by(const std::string& mode) {
-  std::vector<std::string> set{"checkpoint.every=1", "checkpoint.keep_last=20", "eval.every=5"};
+  std::vector<std::string> set{"model.layers=1", "checkpoint.every=1", "checkpoint.keep_last=20", "eval.every=5"};
   if (mode == "accumulation") set.push_back("train.micro_batches=2");
   if (mode == "bf16") set.push_back("train.precision=bf16");
   if (mode == "recompute") set.push_back("train.recompute=true");
