@@ -87,7 +87,10 @@ LossTerm read_loss(const Table& table, const RouterEntry& router) {
   const std::string refusal = entry.refuses ? entry.refuses(router.facts) : "";
   if (!refusal.empty()) table.fail("name", fmt::format("loss '{}' cannot be used with router '{}': {}", name, router.name, refusal));
   const Options options = table.options(loss_options(entry, router));
-  return {entry.make(options, router), options.text("label"), options.real("coefficient"), scope_of_loss(options.text("scope"))};
+  const LossTerm term{entry.make(options, router), options.text("label"), options.real("coefficient"), scope_of_loss(options.text("scope"))};
+  if (term.loss->pooled_over_layers() && term.scope != LossScope::kStep)
+    table.fail("scope", "layers = \"pooled\" forms one value over the whole step: scope must be \"step\"");
+  return term;
 }
 
 LossTerm attach_paper_loss(const PaperLoss& paper, const RouterEntry& router) {

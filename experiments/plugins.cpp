@@ -6,8 +6,10 @@
 
 #include <CLI/StringTools.hpp>
 #include <dlfcn.h>
+#include <elf.h>
 #include <fmt/format.h>
 
+#include <cstring>
 #include <filesystem>
 
 namespace moelab {
@@ -21,6 +23,17 @@ std::string plugin_fields(const std::string& path) {
   if (end == std::string::npos)
     usage_error(fmt::format("plugin '{}' does not say how it was built; put MOELAB_PLUGIN of core/plugin.h in one of its files", path));
   return bytes.substr(start + mark.size(), end - start - mark.size());
+}
+
+// The section table lies at the end of an ELF file. The loader maps what the header promises and dies by SIGBUS where the file
+// is shorter, so a torn one must not reach it.
+void refuse_torn_file(const std::string& path) {
+  const std::string bytes = read_file(path);
+  Elf64_Ehdr header{};
+  if (bytes.size() >= sizeof header) std::memcpy(&header, bytes.data(), sizeof header);
+  const bool elf = std::memcmp(header.e_ident, ELFMAG, SELFMAG) == 0;
+  if (!elf || header.e_shoff + uint64_t{header.e_shnum} * header.e_shentsize > bytes.size())
+    usage_error(fmt::format("plugin '{}' is no shared library, or only a part of one; build it again", path));
 }
 
 void refuse_foreign_build(const std::string& path) {
@@ -46,6 +59,7 @@ std::string plugin_path(const Table& root, const std::string& written) {
 
 void load_plugin(const std::string& path) {
   refuse_foreign_build(path);
+  refuse_torn_file(path);
   const std::string whole = std::filesystem::absolute(path).string();  // a bare name would be searched for in the system
   if (dlopen(whole.c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) usage_error(fmt::format("plugin '{}' cannot be loaded: {}", path, dlerror()));
 }

@@ -13,6 +13,7 @@ class FirstExpertRouter : public Router {
  public:
   using Router::Router;
   RouteOutput route(const RouteInput& in, RouteState&) const override {
+    require_finite(in.x_TD, "x", in);
     return finish_unscored(in, spec_, at::zeros({in.rows(), 1}, at::kLong));
   }
 };
