@@ -13,6 +13,8 @@ void usage_error(const std::string& message) { throw Error(ExitCode::kUsage, mes
 void diverged_error(const std::string& message) { throw Error(ExitCode::kDiverged, message); }
 void data_error(const std::string& message) { throw Error(ExitCode::kData, message); }
 
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
 void check_invariant(bool holds, const std::string& message) {
   if (!holds) throw Error(ExitCode::kBug, "broken invariant: " + message);
 }

@@ -33,6 +33,9 @@ class Error : public std::runtime_error {
 [[noreturn]] void diverged_error(const std::string& message);  // exit 3
 [[noreturn]] void data_error(const std::string& message);      // exit 5
 
+// Up to the first line break: what a foreign library says before its backtrace.
+std::string first_line(const std::string& text);
+
 // A broken invariant: a bug of moelab or of a plugin, never of the user's input.
 void check_invariant(bool holds, const std::string& message);
 

@@ -128,7 +128,7 @@ int run_program(int argc, char** argv) {
     return say_and_end(error.code(), error.what());
   } catch (const std::exception& error) {
     if (std::ferror(stdout)) return say_and_end(ExitCode::kData, kResultLost);
-    return say_and_end(ExitCode::kBug, fmt::format("a bug of ours, please report it with the command: {}", error.what()));
+    return say_and_end(ExitCode::kBug, fmt::format("a bug of ours, please report it with the command: {}", first_line(error.what())));
   }
 }
 

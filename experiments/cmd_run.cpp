@@ -55,8 +55,9 @@ void record_failure(RunFolder& folder, RecordWriter& records, int64_t step, cons
   const auto* known = dynamic_cast<const Error*>(&failure);
   const bool diverged = known && known->code() == ExitCode::kDiverged;
   try {
-    records.event(step, diverged ? "diverged" : "failed", {{"message", failure.what()}});
-    folder.set_status(fmt::format("failed: {}", failure.what()));
+    const std::string line = first_line(failure.what());  // LibTorch appends a backtrace with the machine's paths
+    records.event(step, diverged ? "diverged" : "failed", {{"message", line}});
+    folder.set_status(fmt::format("failed: {}", line));
   } catch (const Error&) {
   }
 }
@@ -128,6 +129,7 @@ void eval(const RunArguments& arguments) {
   prepare_process(read_train_settings(root));
   Experiment experiment = load_experiment(root);
   const Checkpoint checkpoint = load_latest(folder->checkpoints());
+  for (const std::string& warning : checkpoint.warnings) fmt::print(stderr, "moelab: {}\n", warning);
   restore_model(checkpoint, *experiment.model);
   const std::shared_ptr<Comm> comm = single_comm();
   const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, 0, experiment.train.batch, experiment.train.seed, *comm);

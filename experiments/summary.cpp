@@ -1,5 +1,6 @@
 #include "experiments/summary.h"
 
+#include "core/model/block.h"
 #include "datasets/ngram.h"
 #include "trainers/generate.h"
 
@@ -26,9 +27,8 @@ void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRec
 void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values) {
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
-    const RouterSpec& spec = site.router->spec();
-    const int64_t k = spec.options.declared("k") ? spec.k() : 1;
-    const Landmarks marks = term.loss->landmarks(spec.experts, k);
+    const int64_t k = choices_per_row(site.router->facts(), site.router->spec());
+    const Landmarks marks = term.loss->landmarks(site.router->spec().experts, std::max<int64_t>(1, k));
     const std::string key = prefix + ".loss." + term.label;
     out[key] = t < values.size() ? summary_number(values[t]) : nlohmann::json();
     out[key + ".weighted"] = t < values.size() ? summary_number(values[t] * term.coefficient) : nlohmann::json();
@@ -149,7 +149,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
 }
 
 std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample, const std::string& folder) {
-  std::string text = fmt::format("\nvalidation bits per byte, {} bytes:\n", s.at("eval.tokens").dump());
+  const bool bytes = !experiment.data->validation_bytes().empty();
+  std::string text = fmt::format("\nvalidation bits per {0}, {1} {0}s:\n", bytes ? "byte" : "token", s.at("eval.tokens").dump());
   text += baselines_text(s);
   text += fmt::format("  this model                    {}\n", number_text(s.at("eval.bits_per_byte"), "{:.4f}"));
   text += layers_text(experiment, s);

@@ -104,6 +104,7 @@ Outcome Trainer::run() {
   }
   save();
   if (outcome == Outcome::kDone) evaluate_now(/*final=*/true);
+  if (pending_signal() != 0) outcome = outcome_of(pending_signal());  // it came during the evaluation; all is saved
   for (Observer* observer : observers_) observer->on_end(step_);
   return outcome;
 }
