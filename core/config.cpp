@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 
@@ -17,6 +18,12 @@ std::string config_table_name(const std::string& path) {
 
 void check_known_key(const Table::Node& table, const std::string& key, const std::vector<std::string>& known) {
   if (std::find(known.begin(), known.end(), key) != known.end()) return;
+  const ConfigNode& node = *table.tree->map()->at(key);
+  if (node.superseded) {
+    if (!node.ignored) spdlog::info("{}: '{}' was an option of another plugin than [{}] now names; it is dropped", node.place.text(), key, table.path);
+    node.ignored = true;
+    return;
+  }
   std::string hint = did_you_mean(key, known);
   if (hint.empty()) hint = known.empty() ? ", which takes no keys" : fmt::format(", known are {}", fmt::join(known, ", "));
   config_fail(table.tree->map()->at(key)->place,

@@ -39,10 +39,23 @@ std::string config_kind(const ConfigNode& node) {
 
 std::string config_path(const std::string& table, const std::string& key) { return table.empty() ? key : table + "." + key; }
 
-ConfigNodePtr config_overlay(const ConfigNodePtr& base, const ConfigNodePtr& over) {
+void config_supersede(ConfigMap& table, const ConfigNode& name) {
+  const auto old = table.find("name");
+  if (old == table.end() || old->second->value == name.value) return;
+  for (auto& [key, node] : table) {
+    if (key == "name" || node->map() || node->list()) continue;
+    ConfigNode marked = *node;
+    marked.superseded = true;
+    node = std::make_shared<ConfigNode>(std::move(marked));
+  }
+}
+
+ConfigNodePtr config_overlay(const ConfigNodePtr& base, const ConfigNodePtr& over, bool root) {
   if (!base || !base->map() || !over->map()) return over;
   ConfigMap merged = *base->map();
-  for (const auto& [key, node] : *over->map()) merged[key] = config_overlay(merged[key], node);
+  const auto name = over->map()->find("name");
+  if (!root && name != over->map()->end()) config_supersede(merged, *name->second);
+  for (const auto& [key, node] : *over->map()) merged[key] = config_overlay(merged[key], node, /*root=*/false);
   return std::make_shared<ConfigNode>(ConfigNode{over->place, std::move(merged)});
 }
 

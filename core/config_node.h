@@ -33,6 +33,8 @@ using ConfigMap = std::map<std::string, ConfigNodePtr>;
 struct ConfigNode {
   ConfigPlace place;  // of the key for a value, of the header for a table
   std::variant<bool, int64_t, double, std::string, ConfigList, ConfigMap> value;
+  bool superseded = false;       // written before its table's `name` was changed: it may be the old plugin's option
+  mutable bool ignored = false;  // and it was: no part of the resolved config
 
   const ConfigMap* map() const { return std::get_if<ConfigMap>(&value); }
   const ConfigList* list() const { return std::get_if<ConfigList>(&value); }
@@ -49,8 +51,12 @@ struct Table::Node {
 std::string config_kind(const ConfigNode& node);                            // "a table", "an integer"
 std::string config_path(const std::string& table, const std::string& key);  // "moe" "router" -> "moe.router"
 
-// `over` on top of `base`: tables are merged, anything else is replaced whole.
-ConfigNodePtr config_overlay(const ConfigNodePtr& base, const ConfigNodePtr& over);
+// `over` on top of `base`: tables are merged, anything else is replaced whole. Where a table below the root gets another
+// `name`, the base's own values there become superseded: those that the new plugin does not declare are dropped when read.
+ConfigNodePtr config_overlay(const ConfigNodePtr& base, const ConfigNodePtr& over, bool root = true);
+
+// Marks the values of a table whose `name` is about to become `name`.
+void config_supersede(ConfigMap& table, const ConfigNode& name);
 
 // The root table of a TOML text. With `numbered` false the places have no lines.
 ConfigNodePtr parse_toml(const std::string& text, const std::string& name, bool numbered = true);

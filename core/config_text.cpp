@@ -50,7 +50,7 @@ bool has_header(const ConfigNode& node) { return node.map() || (node.is_array_of
 std::string toml_table(const ConfigMap& map, const std::string& path) {
   std::string text;
   for (const auto& [key, node] : map)
-    if (!has_header(*node))
+    if (!has_header(*node) && !node->ignored)
       text += fmt::format("{} = {}  # from {}\n", toml_key(key), toml_value(*node), toml_comment(node->place.file_line()));
   for (const auto& [key, node] : map) {
     if (!has_header(*node)) continue;

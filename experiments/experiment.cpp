@@ -64,13 +64,13 @@ Experiment load_experiment(const Table& root) {
   Experiment e;
   e.root = root;
   e.name = run_name(root);
-  e.config_id = xxh3_hex(values_only(root)).substr(0, 8);
   e.train = read_train_settings(root);
   refuse_unknown_objective(root, e.train.objective);  // before data are read
   e.data = read_dataset(root, model_context(root));
   e.model = model_that_fits(e);
   CorpusStatistics statistics{e.data->token_counts_V()};
   for (Site* site : e.model->sites()) site->router->prepare(statistics);
+  e.config_id = xxh3_hex(values_only(root)).substr(0, 8);  // when all is read: options of replaced plugins are gone
   return e;
 }
 

@@ -183,3 +183,23 @@ TEST_CASE("a file name that no comment can hold is softened in the resolved text
   CHECK(text == "a = 1  # from b??.toml:1\n");
   CHECK(resolved_text(parse_config("a = 1\n", "grün.toml")) == "a = 1  # from grün.toml:1\n");
 }
+
+TEST_CASE("another plugin's options are dropped where a later file or override changes the name, and only there") {
+  const std::string text = "[moe.router]\nname = \"softmax_topk\"\nk = 2\n";
+  const OptionSpecs switch_specs{option("name", "", "")}, noisy_specs{option("name", "", ""), option("k", 4, "")};
+  const auto router = [](const Table& root) { return root.child("moe").child("router"); };
+
+  const Table changed = parse_config(text, "e.toml", {"moe.router.name=switch"});
+  CHECK(router(changed).options(switch_specs).text("name") == "switch");
+  CHECK(resolved_text(changed).find("k = 2") == std::string::npos);
+
+  const Table kept = parse_config(text, "e.toml", {"moe.router.name=noisy_topk"});
+  CHECK(router(kept).options(noisy_specs).integer("k") == 2);
+  CHECK(resolved_text(kept).find("k = 2") != std::string::npos);
+
+  CHECK_THROWS(router(parse_config(text, "e.toml")).options(switch_specs));                                // nothing was changed
+  CHECK_THROWS(router(parse_config(text, "e.toml", {"moe.router.name=switch", "moe.router.k=3"})).options(switch_specs));  // written later
+
+  const Table layer = parse_config("[moe.router]\nname = \"switch\"\n", "l.toml");
+  CHECK(router(parse_config(text, "e.toml").overlaid(layer)).options(switch_specs).text("name") == "switch");
+}
