@@ -40,6 +40,8 @@ RouterFacts LinearRouter::facts() const {
   return facts;
 }
 
+Tensor LinearRouter::active_experts_E() const { return mask_E_.defined() ? mask_E_.ne(0) : Tensor(); }
+
 NoisyLogits LinearRouter::score(const RouteInput& in) const { return checked(in, noisy_logits(in, weight_ED_, noise_)); }
 
 NoisyLogits LinearRouter::checked(const RouteInput& in, NoisyLogits logits) const {

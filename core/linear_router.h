@@ -13,6 +13,8 @@ class LinearRouter : public Router {
   // Draws in training exactly where the resolved noise does.
   RouterFacts facts() const override;
 
+  Tensor active_experts_E() const override;
+
  protected:
   // `noise` is resolved: never kPaper, unless the router draws its paper's noise itself.
   LinearRouter(RouterSpec spec, Tensor weight_ED, NoiseSpec noise, bool trainable = true);

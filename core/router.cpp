@@ -15,6 +15,8 @@ std::vector<Event> Router::end_step(const std::map<std::string, Tensor>&, int64_
 RouterFacts Router::facts() const { return entry().facts; }
 
 // Parameters and buffers with one row per expert; routers with other layouts say so themselves.
+Tensor Router::active_experts_E() const { return {}; }
+
 std::vector<Tensor> Router::per_expert_tensors() const {
   std::vector<Tensor> rows;
   for (const auto& list : {parameters(), buffers()})

@@ -174,6 +174,9 @@ class Router : public Module {
   // Tensors whose row e belongs to expert e: surgery copies, resets and permutes these beside the experts' own.
   virtual std::vector<Tensor> per_expert_tensors() const;
 
+  // Bool [max_experts], the experts that may be chosen now; undefined = all of them. Metrics and losses count these only.
+  virtual Tensor active_experts_E() const;
+
   const RouterSpec& spec() const { return spec_; }
   const RouterEntry& entry() const { return *entry_; }
   void set_entry(const RouterEntry* entry) { entry_ = entry; }
