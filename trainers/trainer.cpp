@@ -196,7 +196,8 @@ Request Trainer::observe(const StepResult& result, double lr, double norm) {
 }
 
 void Trainer::evaluate_now(bool final) {
-  last_evaluation_ = evaluate(*model_, *data_, final ? 0 : settings_.eval_sequences, settings_.batch, settings_.seed, *comm_);
+  const EvalSettings settings{final ? 0 : settings_.eval_sequences, settings_.batch, settings_.seed, step_, settings_.steps};
+  last_evaluation_ = evaluate(*model_, *data_, settings, *comm_);
   for (Observer* observer : observers_) observer->on_evaluation(last_evaluation_, step_, final);
 }
 
