@@ -32,9 +32,9 @@ struct RoutingRecord {
 // `active_E` is Router::active_experts_E(): undefined = all.
 RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts, const Tensor& active_E = {});
 
-// Ratios of a record over the experts that were active at some time (E is their number): load_cv2, max_violation, max_over_mean, min_over_mean, load_entropy (normalised), effective_experts,
-// dead (count), dropped (share of pairs), left_behind (share of rows), capacity_used, router_entropy (normalised).
-// What cannot be formed (no rows, no capacity) is NaN.
+// Ratios of a record over the experts that were active at some time (E is their number): load_cv2, max_violation,
+// max_over_mean, min_over_mean, load_entropy (normalised), effective_experts, dead (count), dropped (share of pairs),
+// left_behind (share of rows), capacity_used, router_entropy (normalised). What cannot be formed (no rows, no capacity) is NaN.
 std::map<std::string, double> metrics_of(const RoutingRecord& record);
 
 struct MetricDoc {

@@ -55,7 +55,7 @@ class Loss {
 
   // With all experts active.
   virtual Landmarks landmarks(int64_t experts, int64_t k) const = 0;
-  // With `active` of them: rows that all choose the same k collapse alike; balance over fewer is known where this is overridden.
+  // With `active` of them: rows that all choose the same k collapse alike; balance over fewer is known where overridden.
   virtual Landmarks landmarks_among(int64_t active, int64_t experts, int64_t k) const;
 };
 

@@ -52,7 +52,8 @@ std::string loss_text(const Json& loss) {
 
 std::string layer_text(const Json& layer) {
   const Json& k = layer.at("k");
-  const std::string room = layer.at("max_experts") == layer.at("experts") ? "" : fmt::format(" (room for {})", layer.at("max_experts").dump());
+  const Json& most = layer.at("max_experts");
+  const std::string room = most == layer.at("experts") ? "" : fmt::format(" (room for {})", most.dump());
   std::string text = fmt::format("\n{}: {}, {} {} experts{}, k = {}\n", layer.at("site").get<std::string>(),
                                  layer.at("router").get<std::string>(), layer.at("experts").dump(),
                                  layer.at("expert").get<std::string>(), room, k.is_null() ? "varies" : k.dump());

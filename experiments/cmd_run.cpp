@@ -132,7 +132,8 @@ void eval(const RunArguments& arguments) {
   restore_model(checkpoint, *experiment.model);
   const std::shared_ptr<Comm> comm = single_comm();
   const TrainSettings& train = experiment.train;
-  const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, {0, train.batch, train.seed, checkpoint.step, train.steps}, *comm);
+  const EvalSettings settings{0, train.batch, train.seed, checkpoint.step, train.steps};
+  const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, settings, *comm);
   nlohmann::json out{{"step", checkpoint.step}};
   for (const auto& [name, value] : evaluation_metrics(evaluation)) out[name] = value;
   if (arguments.json) fmt::print("{}\n", out.dump(2));

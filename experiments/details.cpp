@@ -117,7 +117,10 @@ Json loss_details(const std::string& name) {
   for (const int64_t active : {kExampleExperts, kExampleExperts / 2}) {  // the second half: a layer with room to grow
     for (const int64_t k : {int64_t{1}, int64_t{2}}) {
       const Landmarks marks = loss->landmarks_among(active, kExampleExperts, k);
-      values.push_back({{"active", active}, {"experts", kExampleExperts}, {"k", k}, {"at_balance", example_value(marks.balance)},
+      values.push_back({{"active", active},
+                        {"experts", kExampleExperts},
+                        {"k", k},
+                        {"at_balance", example_value(marks.balance)},
                         {"at_collapse", example_value(marks.collapse)}});
     }
   }

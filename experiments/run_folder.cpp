@@ -100,7 +100,8 @@ void RunFolder::drop_records_after(int64_t step) {
 
 RecordWriter::RecordWriter(const RunFolder& folder)
     : metrics_(folder.file("metrics.jsonl")), events_(folder.file("events.jsonl")),
-      before_(std::max(last_seconds(folder.file("metrics.jsonl")), last_seconds(folder.file("events.jsonl")))), window_start_(before_) {}
+      before_(std::max(last_seconds(folder.file("metrics.jsonl")), last_seconds(folder.file("events.jsonl")))),
+      window_start_(before_) {}
 
 double RecordWriter::seconds() const {
   return before_ + std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();

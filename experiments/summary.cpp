@@ -36,7 +36,8 @@ void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
     const int64_t k = choices_per_row(site.router->facts(), site.router->spec());
-    const Landmarks marks = term.loss->landmarks_among(site.router->active_experts(), site.router->spec().max_experts, std::max<int64_t>(1, k));
+    const Router& router = *site.router;
+    const Landmarks marks = term.loss->landmarks_among(router.active_experts(), router.spec().max_experts, std::max<int64_t>(1, k));
     const std::string key = prefix + ".loss." + term.label;
     out[key] = t < values.size() ? summary_number(values[t].value) : nlohmann::json();
     out[key + ".weighted"] = t < values.size() ? summary_number(values[t].weighted) : nlohmann::json();
@@ -79,7 +80,8 @@ std::string layers_text(const Experiment& experiment, const nlohmann::json& s) {
   const std::vector<std::string> labels = site_labels(sites);
   for (size_t i = 0; i < labels.size(); ++i)
     text += fmt::format("  {:<10} {:<12}{}  max/mean {}  dead {}  dropped {} %\n", labels[i], sites[i]->router->entry().name,
-                        loads_text(s.at(labels[i] + ".load"), s.at(labels[i] + ".active")), number_text(s.at(labels[i] + ".max_over_mean"), "{:.2f}"),
+                        loads_text(s.at(labels[i] + ".load"), s.at(labels[i] + ".active")),
+                        number_text(s.at(labels[i] + ".max_over_mean"), "{:.2f}"),
                         number_text(s.at(labels[i] + ".dead"), "{:.0f}"),
                         s.at(labels[i] + ".dropped").is_null() ? "0" : fmt::format("{:.1f}", 100 * s.at(labels[i] + ".dropped").get<double>()));
   for (size_t i = 0; i < labels.size(); ++i)
@@ -136,7 +138,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
   const std::vector<std::string> labels = site_labels(sites);
   const double none = std::numeric_limits<double>::quiet_NaN();
   nlohmann::json s{{"name", experiment.name}, {"config_id", experiment.config_id}, {"seed", experiment.train.seed},
-                   {"outcome", outcome}, {"error", error.empty() ? nlohmann::json() : nlohmann::json(error)}, {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
+                   {"outcome", outcome}, {"error", error.empty() ? nlohmann::json() : nlohmann::json(error)},
+                   {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
                    {"params.total", experiment.model->parameter_count()}, {"params.active", experiment.model->active_parameters()},
                    {"eval.loss", summary_number(evaluated ? evaluation.loss : none)},
                    {"eval.bits_per_byte", summary_number(evaluated ? evaluation.bits_per_byte : none)},
@@ -151,7 +154,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
     add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<TermReading>{});
     add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
   }
-  const RunVerdict verdict = evaluated ? verdict_of(evaluation) : RunVerdict{"not judged", "the run ended before its final evaluation"};
+  const RunVerdict unjudged{"not judged", "the run ended before its final evaluation"};
+  const RunVerdict verdict = evaluated ? verdict_of(evaluation) : unjudged;
   s["verdict"] = verdict.word;
   s["verdict.reason"] = verdict.reason;
   return s;

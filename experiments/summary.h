@@ -17,8 +17,8 @@ struct RunVerdict {
   std::string reason;  // which layer, which number, against which bound
 };
 
-// Judged on the final evaluation and its active experts E. Collapsed: fewer than half of them are effective, or (at E ≥ 4) one of them takes
-// more than half of all pairs. Both are far beyond what sampling noise does on an evaluation of this size.
+// Judged on the final evaluation and its E active experts. Collapsed: fewer than half of them are effective, or (at E ≥ 4) one
+// of them takes more than half of all pairs. Both are far beyond what sampling noise does on an evaluation of this size.
 RunVerdict verdict_of(const Evaluation& evaluation);
 
 // Bits per byte of interpolated n-gram models with 0 … 5 bytes of context, where they were asked for and the data are bytes.

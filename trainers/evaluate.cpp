@@ -96,7 +96,8 @@ struct EvalSums {
       return term.loss->value(total->second, *sites[pool_head(sites, key).site]->router).item<double>();
     const auto local = locals.find(key);
     if (local == locals.end()) return 0;  // an evaluation of no sequence
-    return local->second.value / (term.loss->reduces_by_sum() ? 1.0 : static_cast<double>(std::max<int64_t>(1, local->second.rows)));
+    const auto& [value, rows] = local->second;
+    return term.loss->reduces_by_sum() ? value : value / static_cast<double>(std::max<int64_t>(1, rows));
   }
 
   TermReading reading(const TermKey& key) const {
@@ -116,7 +117,8 @@ StepContext eval_context(const EvalSettings& settings, Comm& comm) {
   return context;
 }
 
-EvalSums sums_of(const Model& model, const Dataset& data, const EvalSettings& settings, const std::vector<Site*>& sites, Comm& comm) {
+EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Dataset& data, const EvalSettings& settings,
+                 Comm& comm) {
   const std::shared_ptr<Comm> alone = single_comm();  // ranks evaluate different numbers of batches: no collective inside
   const StepContext context = eval_context(settings, *alone);
   const int64_t available = data.eval_sequences();
@@ -146,7 +148,7 @@ Batch to_batch(const TokenBatch& tokens) {
 Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings& settings, Comm& comm) {
   const at::NoGradGuard no_grad;
   const std::vector<Site*> sites = model.sites();
-  const EvalSums sums = sums_of(model, data, settings, sites, comm);
+  const EvalSums sums = sums_of(model, sites, data, settings, comm);
   Evaluation out;
   const double tokens = static_cast<double>(std::max<int64_t>(1, sums.tokens));
   out.tokens = sums.tokens;

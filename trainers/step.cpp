@@ -81,7 +81,8 @@ class Step {
   void finish_totals() {
     all_reduce_totals(totals_, objective_.passes(), *context_.comm);
     pool_layers(totals_, sites_);
-    for (const auto& [key, total] : totals_) gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, total, router_of(key));
+    for (const auto& [key, total] : totals_)
+      gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, total, router_of(key));
     swept_ = true;
   }
 

@@ -51,7 +51,7 @@ std::vector<BadInput> bad_inputs() {
       {"[moe.router]\nname = \"uniform\"\n[[loss]]\nname = \"balance\"\n",
        "@:5:1: loss 'balance' cannot be used with router 'uniform': it reads the router's logits or probabilities, and this router has none"},
       {"[[layer]]\nwhere = \"last\"\n[layer.moe]\nexperts = 8\n[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\n",
-       "@:8:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 4 and layer 1 has 8; use layers = \"each\""},
+       "@:8:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 4 and layer 1 has 8; use "},
       {"[[loss]]\nname = \"z\"\n[[loss]]\nname = \"z\"\n", "@:5:1: two losses are labelled 'z'; give one of them another `label`"},
       {"[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\n", "@:4:1: layer 0: router 'switch' looks ahead in training of a causal model: "},
       {"plugins = \"nowhere.so\"\n", "@:2:1: cannot read 'nowhere.so': No such file or directory"},
