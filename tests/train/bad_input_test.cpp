@@ -53,7 +53,7 @@ std::vector<BadInput> bad_inputs() {
       {"[train\n", "@:2:"},
       {"# \xff\n", "@:2:"},
       {"[train]\nsteps = 2020-01-01\n", "@:3:1: a date or a time is no value here"},
-      {"[moe.router]\nname = \"swich\"\n", "@:3:1: nothing is named 'swich', did you mean 'switch'?; registered: "},
+      {"[moe.router]\nname = \"swich\"\n", "@:3:1: nothing is named 'swich', did you mean 'switch'? registered: "},
       {"[moe.expert]\nname = \"fnn\"\n", "@:3:1: nothing is named 'fnn', did you mean 'ffn'?"},
       {"[[loss]]\nname = \"balanse\"\n", "@:3:1: nothing is named 'balanse', did you mean 'balance'?"},
       {"[data]\nname = \"marcov\"\n", "@:3:1: nothing is named 'marcov', did you mean 'markov'?"},
