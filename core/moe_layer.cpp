@@ -154,9 +154,8 @@ std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings) {
   const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(settings.expert);
   const auto width = std::find_if(entry.options.begin(), entry.options.end(), [](const OptionSpec& s) { return s.name == "width"; });
   check_invariant(width != entry.options.end(), "expert '" + settings.expert + "' cannot be shared: it has no width");
-  int64_t each = settings.shared_width;
-  if (each == 0) each = spec.options.integer("width");
-  if (each == 0) each = 4 * spec.width;  // the experts' own default
+  const int64_t routed = hidden_width(spec.options.integer("width"), spec.width);
+  const int64_t each = settings.shared_width > 0 ? settings.shared_width : routed;
   spec.options.set(*width, settings.shared_count * each);
   return make_experts(settings.expert, spec);
 }
@@ -232,7 +231,7 @@ LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCac
   const Tensor shared_TD = shared_output(in.x_TD);
   if (shared_TD.defined()) out.y_TD = out.y_TD.add(shared_TD);
   out.statistics = term_statistics(site_, in, out.routed);
-  out.record = record_of(in, out.routed, settings_.router_spec.max_experts);
+  out.record = record_of(in, out.routed, settings_.router_spec.max_experts, site_.router->active_experts_E());
   return out;
 }
 

@@ -177,6 +177,7 @@ class Router : public Module {
 
   // Bool [max_experts], the experts that may be chosen now; undefined = all of them. Metrics and losses count these only.
   virtual Tensor active_experts_E() const;
+  int64_t active_experts() const;  // their number
 
   const RouterSpec& spec() const { return spec_; }
   const RouterEntry& entry() const { return *entry_; }

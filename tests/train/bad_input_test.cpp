@@ -1,6 +1,8 @@
 // Bad input through the real program: one line with the place and the remedy, the documented exit code, nothing created.
 #include "train_process.h"
 
+#include "tests/support/tiny_experiment.h"
+
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 
@@ -9,27 +11,7 @@
 namespace moelab::test {
 namespace {
 
-const char* const kGoodInput = R"(
-[model]
-layers = 2
-width = 16
-heads = 2
-context = 8
-[moe]
-experts = 4
-[moe.router]
-name = "switch"
-[moe.expert]
-width = 16
-[data]
-name = "markov"
-validation_documents = 4
-[train]
-steps = 4
-batch = 4
-[checkpoint]
-every = 1
-)";
+const std::string kGoodInput = kTinyTables + "[train]\nsteps = 4\nbatch = 4\n[checkpoint]\nevery = 1\n";
 
 // An experiment that lays `text` on the good one. `line` is what follows "moelab: "; "@" stands for the file.
 struct BadInput {
@@ -68,6 +50,8 @@ std::vector<BadInput> bad_inputs() {
       {"[train]\nmicro_batches = 3\n", "@:3:1: batch = 4 cannot be split into 3 equal micro-batches"},
       {"[moe.router]\nname = \"uniform\"\n[[loss]]\nname = \"balance\"\n",
        "@:5:1: loss 'balance' cannot be used with router 'uniform': it reads the router's logits or probabilities, and this router has none"},
+      {"[[layer]]\nwhere = \"last\"\n[layer.moe]\nexperts = 8\n[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\n",
+       "@:8:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 4 and layer 1 has 8; use layers = \"each\""},
       {"[[loss]]\nname = \"z\"\n[[loss]]\nname = \"z\"\n", "@:5:1: two losses are labelled 'z'; give one of them another `label`"},
       {"[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\n", "@:4:1: layer 0: router 'switch' looks ahead in training of a causal model: "},
       {"[moe.capacity]\nfactor = 1.5\n", "@:3:1: 'factor' is not read without a `mode`; "},
@@ -211,6 +195,12 @@ TEST_CASE("training that diverges ends with 3, with the layer and the step, and 
   CHECK(result.err.find("non-finite") != std::string::npos);
   CHECK(result.err.find("at step 1") != std::string::npos);
   CHECK(text_of(folder / "run/STATUS") == "failed: " + result.err.substr(8));
+  const nlohmann::json summary = nlohmann::json::parse(text_of(folder / "run/summary.json"));
+  CHECK(summary.at("outcome") == "diverged");
+  CHECK(summary.at("error").get<std::string>() + "\n" == result.err.substr(8));
+  CHECK(summary.at("step") == 1);
+  CHECK(summary.at("eval.loss").is_null());
+  CHECK(summary.at("verdict") == "not judged");
 }
 
 }  // namespace
