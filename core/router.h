@@ -103,6 +103,7 @@ struct RouterFacts {
   bool random_in_eval = false;
   bool stateful = false;           // end_step() moves buffers
   bool variable_k = false;
+  bool capacity_is_choice = false; // experts choose rows: [moe.capacity] says how many, whatever its mode
   bool needs_token_ids = false;
   bool needs_segments = false;
   bool needs_domain = false;

@@ -35,7 +35,7 @@ std::vector<BadInput> bad_inputs() {
       {"[train\n", "@:2:"},
       {"# \xff\n", "@:2:"},
       {"[train]\nsteps = 2020-01-01\n", "@:3:1: a date or a time is no value here"},
-      {"[moe.router]\nname = \"swich\"\n", "@:3:1: nothing is named 'swich', did you mean 'switch'?; registered: "},
+      {"[moe.router]\nname = \"swich\"\n", "@:3:1: nothing is named 'swich', did you mean 'switch'? registered: "},
       {"[moe.expert]\nname = \"fnn\"\n", "@:3:1: nothing is named 'fnn', did you mean 'ffn'?"},
       {"[[loss]]\nname = \"balanse\"\n", "@:3:1: nothing is named 'balanse', did you mean 'balance'?"},
       {"[data]\nname = \"marcov\"\n", "@:3:1: nothing is named 'marcov', did you mean 'markov'?"},
@@ -54,7 +54,10 @@ std::vector<BadInput> bad_inputs() {
        "@:8:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 4 and layer 1 has 8; use "},
       {"[[loss]]\nname = \"z\"\n[[loss]]\nname = \"z\"\n", "@:5:1: two losses are labelled 'z'; give one of them another `label`"},
       {"[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\n", "@:4:1: layer 0: router 'switch' looks ahead in training of a causal model: "},
-      {"plugins = \"nowhere.so\"\n", "@:2:1: cannot read 'nowhere.so': No such file or directory"},
+      {"[moe.capacity]\nfactor = 1.5\n", "@:3:1: 'factor' is not read without a `mode`; "},
+      {"[moe.capacity]\nmode = \"paper\"\nfactor = 1.5\n", "@:4:1: 'factor' is not read with mode = \"paper\""},
+      {"[moe.capacity.eval]\nmin = 4\n", "@:3:1: 'min' is not read without a `mode`; "},
+      {"plugins = \"nowhere.so\"\n", "@:2:1: cannot read '"},
       {"name = \"../elsewhere\"\n", "@:2:1: '../elsewhere' cannot name a folder"},
       {"", "--set train.steps: there is no '='; write --set table.key=value", 2, {"train.steps"}},
       {"", "--set train.stepz=3: unknown key 'stepz' in [train], did you mean 'steps'?", 2, {"train.stepz=3"}},
@@ -64,7 +67,7 @@ std::vector<BadInput> bad_inputs() {
 bool is_one_line(const std::string& text) { return std::count(text.begin(), text.end(), '\n') == 1 && text.ends_with('\n'); }
 
 std::string with_file(std::string line, const std::string& file) {
-  if (line.starts_with('@')) line.replace(0, 1, file);
+  if (const size_t at = line.find('@'); at != std::string::npos) line.replace(at, 1, file);
   return "moelab: " + line;
 }
 
@@ -99,7 +102,7 @@ std::vector<MissingInput> missing_inputs() {
       {{"run", "nowhere.toml"}, "nowhere.toml: no such file"},
       {{"run", "god.toml"}, "god.toml: no such file, did you mean 'good.toml'?"},
       {{"run", "loop.toml"}, "loop.toml:1:1: 'extends' runs in a loop: loop.toml -> loop.toml", 2},
-      {{"run", "bytes.toml", "--out", "run"}, "nowhere.txt: no such file or folder; check `path`"},
+      {{"run", "bytes.toml", "--out", "run"}, "bytes.toml:5:1: @/nowhere.txt: no such file or folder; check `path`"},
       {{"run", "kjv.toml", "--out", "run"}, ""},
       {{"run", "good.toml", "--out", "good.toml"}, "good.toml is a file; choose another folder with --out", 2},
       {{"run", "good.toml", "--out", "/proc/moelab"}, "cannot create '/proc/moelab': "},
@@ -123,7 +126,7 @@ TEST_CASE("what is missing or cannot be written is named, and nothing is created
     CAPTURE(missing.arguments, result.err);
     CHECK(result.code == missing.code);
     CHECK(is_one_line(result.err));
-    CHECK(result.err.starts_with("moelab: " + missing.line));
+    CHECK(result.err.starts_with(with_file(missing.line, folder.path())));
     CHECK(folder.files() == before);
   }
   unsetenv("XDG_CACHE_HOME");
