@@ -24,16 +24,19 @@ void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRec
   for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = summary_number(value);
 }
 
-void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values) {
+// A loss that is a sum grows with the rows, and so do its landmarks; it is weighted per row, as training does.
+void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values,
+                int64_t rows) {
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
     const int64_t k = choices_per_row(site.router->facts(), site.router->spec());
     const Landmarks marks = term.loss->landmarks(site.router->spec().experts, std::max<int64_t>(1, k));
+    const double scale = term.loss->reduces_by_sum() ? static_cast<double>(std::max<int64_t>(1, rows)) : 1;
     const std::string key = prefix + ".loss." + term.label;
     out[key] = t < values.size() ? summary_number(values[t]) : nlohmann::json();
-    out[key + ".weighted"] = t < values.size() ? summary_number(values[t] * term.coefficient) : nlohmann::json();
-    out[key + ".at_balance"] = summary_number(marks.balance);
-    out[key + ".at_collapse"] = summary_number(marks.collapse);
+    out[key + ".weighted"] = t < values.size() ? summary_number(values[t] * term.coefficient / scale) : nlohmann::json();
+    out[key + ".at_balance"] = summary_number(marks.balance * scale);
+    out[key + ".at_collapse"] = summary_number(marks.collapse * scale);
   }
 }
 
@@ -138,8 +141,9 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
     s[fmt::format("baseline.ngram.context_{}.bits_per_byte", c)] =
         summary_number(c < static_cast<int>(baselines.size()) ? baselines[static_cast<size_t>(c)] : none);
   for (size_t i = 0; i < labels.size(); ++i) {
-    add_record(s, labels[i], evaluated ? evaluation.records[i] : RoutingRecord{});
-    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<double>{});
+    const RoutingRecord record = evaluated ? evaluation.records[i] : RoutingRecord{};
+    add_record(s, labels[i], record);
+    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<double>{}, record.rows);
     add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
   }
   const RunVerdict verdict = evaluated ? verdict_of(sites, evaluation) : RunVerdict{"not judged", "the run was stopped before its final evaluation"};

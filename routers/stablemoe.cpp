@@ -180,14 +180,16 @@ const Registration<RouterEntry> registration_stablemoe{{
     .name = "stablemoe",
     .title = "StableMoE: routes learned, distilled into the token ids, and frozen",
     .citation = "Dai et al., 2022, arXiv:2204.08396",
-    .equation = "s = W x, ŝ = Ŵ D̂[id];  stage 1: a = argmax s, ŝ learns to say a;  stage 2: a = argmax ŝ, frozen;  y = σ(s_a) · f_a(x)",
+    .equation =
+        "s = W x, ŝ = Ŵ D̂[id];  stage 1: a = argmax s, ŝ learns to say a;  stage 2: a = argmax ŝ, frozen;  y = σ(s_a) · f_a(x)",
     .facts = {.stateful = true, .needs_token_ids = true, .fixed_k = 1, .distils = true},
-    .options = {option("stage1_steps", 6000, "stage 2 from this step on; the paper's is a tenth of its steps").at_least(0),
-                option("distilled", "word", "the distilled router reads the token, or a causal window of 5 tokens")
-                    .one_of({"word", "cnn"}),
-                option("distill_dim", 50, "width of the distilled router's embedding").at_least(1),
-                option("vocabulary", 0, "token ids that the embedding has rows for; 0 = the data's").at_least(0),
-                option("eval_router", "distilled", "who decides in evaluation while stage 1 lasts").one_of({"distilled", "main"})},
+    .options =
+        {option("stage1_steps", 6000, "stage 2 from this step on; the paper's is a tenth of its steps").at_least(0),
+         option("distilled", "word", "the distilled router reads the token, or a causal window of 5 tokens")
+             .one_of({"word", "cnn"}),
+         option("distill_dim", 50, "width of the distilled router's embedding").at_least(1),
+         option("vocabulary", 0, "token ids that the embedding has rows for; 0 = the data's").at_least(0),
+         option("eval_router", "distilled", "who decides in evaluation while stage 1 lasts").one_of({"distilled", "main"})},
     .paper_losses = {{"stablemoe_balance", 0.3}, {"distillation", 1}},
     .paper_capacity = {.mode = CapacityPolicy::Mode::kFactor,
                        .factor = 2,
@@ -197,10 +199,11 @@ const Registration<RouterEntry> registration_stablemoe{{
                {"probs", "[T,E]", "softmax of them"},
                {"distilled", "[T,E]", "ŝ"},
                {"agreement", "[T]", "1 where argmax ŝ = argmax s"}},
-    .differences = {"stage 1 ends after a number of steps, not after a share of them",
-                    "in stage 2 the distilled router stands still; the released code leaves it in the optimiser, which moves it",
-                    "each layer has losses of its own; the released code keeps the last layer's alone",
-                    "no token id is reserved for padding, which is never routed"},
+    .differences =
+        {"stage 1 ends after a number of steps, not after a share of them",
+         "in stage 2 the distilled router stands still; the released code leaves it in the optimiser, which moves it",
+         "each layer has losses of its own; the released code keeps the last layer's alone",
+         "no token id is reserved for padding, which is never routed"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<StableMoe>(spec); },
 }};
 
