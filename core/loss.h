@@ -31,8 +31,9 @@ struct LossStatistics {
   int64_t rows = 0;
 };
 
-// The value of a loss at two landmarks, so that a reading can be judged. NaN where the loss has none. In a layer with room to
-// grow, E of the formulas stays max_experts; balance then means an even share for each *active* expert.
+// The value of a loss at two landmarks, so that a reading can be judged; of a loss that is a sum, per row. NaN where the loss
+// has none. In a layer with room to grow, E of the formulas stays max_experts; balance then means an even share for each
+// *active* expert.
 struct Landmarks {
   double balance;   // every expert gets the same share, probabilities uniform
   double collapse;  // all rows choose the same k experts, probability 1 spread over them

@@ -138,7 +138,8 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
   const Table table = moe.child("router");
   spec.options = table.options(with_name(entry.options));
   refuse_impossible_k(table, spec.options, spec.experts);
-  if (entry.facts.needs_token_ids && spec.vocabulary == 0)
+  const bool says_vocabulary = spec.options.declared("vocabulary") && spec.options.integer("vocabulary") > 0;
+  if (entry.facts.needs_token_ids && spec.vocabulary == 0 && !says_vocabulary)
     table.fail("name", fmt::format("router '{}' needs token ids, which this model does not have", entry.name));
   spec.noise = noise_spec(moe.child("noise").options(noise_options()));
   read_capacity(moe.child("capacity"), entry, spec);

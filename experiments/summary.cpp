@@ -32,17 +32,20 @@ void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRec
   for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = summary_number(value);
 }
 
-void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<TermReading>& values) {
+// A loss that is a sum grows with the rows, and so do its landmarks.
+void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<TermReading>& values,
+                int64_t rows) {
+  const Router& router = *site.router;
+  const int64_t k = std::max<int64_t>(1, choices_per_row(router.facts(), router.spec()));
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
-    const int64_t k = choices_per_row(site.router->facts(), site.router->spec());
-    const Router& router = *site.router;
-    const Landmarks marks = term.loss->landmarks_among(router.active_experts(), router.spec().max_experts, std::max<int64_t>(1, k));
+    const Landmarks marks = term.loss->landmarks_among(router.active_experts(), router.spec().max_experts, k);
+    const double scale = term.loss->reduces_by_sum() ? static_cast<double>(std::max<int64_t>(1, rows)) : 1;
     const std::string key = prefix + ".loss." + term.label;
     out[key] = t < values.size() ? summary_number(values[t].value) : nlohmann::json();
     out[key + ".weighted"] = t < values.size() ? summary_number(values[t].weighted) : nlohmann::json();
-    out[key + ".at_balance"] = summary_number(marks.balance);
-    out[key + ".at_collapse"] = summary_number(marks.collapse);
+    out[key + ".at_balance"] = summary_number(marks.balance * scale);
+    out[key + ".at_collapse"] = summary_number(marks.collapse * scale);
   }
 }
 
@@ -150,8 +153,9 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
     s[fmt::format("baseline.ngram.context_{}.bits_per_byte", c)] =
         summary_number(c < static_cast<int>(baselines.size()) ? baselines[static_cast<size_t>(c)] : none);
   for (size_t i = 0; i < labels.size(); ++i) {
-    add_record(s, labels[i], evaluated ? evaluation.records[i] : RoutingRecord{});
-    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<TermReading>{});
+    const RoutingRecord record = evaluated ? evaluation.records[i] : RoutingRecord{};
+    add_record(s, labels[i], record);
+    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<TermReading>{}, record.rows);
     add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
   }
   const RunVerdict unjudged{"not judged", "the run ended before its final evaluation"};
