@@ -32,34 +32,37 @@ namespace moelab {
 namespace {
 
 // Orthonormal rows where there are no more experts than dimensions, else orthonormal columns.
-Tensor orthogonal_matrix(const RouterSpec& spec) {
+Tensor dynmoe_directions(const RouterSpec& spec) {
   const bool wide = spec.max_experts <= spec.width;
   const Tensor normal_ED = normal_tensor(spec.init.with("weight"), {spec.max_experts, spec.width}, 1, at::kDouble);
   const Tensor tall = std::get<0>(at::linalg_qr(wide ? normal_ED.t() : normal_ED));
   return (wide ? tall.t() : tall).to(spec.dtype).contiguous();
 }
 
-Tensor first_experts(const RouterSpec& spec) {
+Tensor dynmoe_mask(const RouterSpec& spec) {
   Tensor mask_E = at::zeros({spec.max_experts}, spec.dtype);
   mask_E.slice(0, 0, spec.experts).fill_(1);
   return mask_E;
 }
 
 // Rows of length 1; a row of zeros has no direction and stays zero. Lengths are taken in float64: squares may overflow.
-Tensor unit_rows(const Tensor& rows_ND) {
+Tensor dynmoe_unit_rows(const Tensor& rows_ND) {
   const Tensor wide_ND = rows_ND.scalar_type() == at::kDouble ? rows_ND : rows_ND.to(at::kFloat);
   const Tensor norm_N1 = at::linalg_vector_norm(wide_ND, 2, {1}, /*keepdim=*/true, at::kDouble).to(wide_ND.scalar_type());
   return wide_ND.div(norm_N1.masked_fill(norm_N1.eq(0), 1));
 }
 
 // When experts are recorded and changed, in optimiser steps of each period.
-struct AdaptationWindow {
+struct DynmoeWindow {
   int64_t start, update, period;
 
-  explicit AdaptationWindow(const Options& options)
-      : start(options.integer("window_start")), update(options.integer("window_update")), period(options.integer("window_period")) {
+  explicit DynmoeWindow(const Options& options)
+      : start(options.integer("window_start")),
+        update(options.integer("window_update")),
+        period(options.integer("window_period")) {
     if (period > 0 && !(start < update && update <= period))
-      usage_error(fmt::format("[moe.router] needs window_start < window_update <= window_period, not {}, {}, {}", start, update, period));
+      usage_error(fmt::format("[moe.router] needs window_start < window_update <= window_period, not {}, {}, {}", start, update,
+                              period));
   }
   bool records(int64_t step) const { return period > 0 && step % period >= start && step % period < update; }
   bool ends_at(int64_t step) const { return period > 0 && step % period == update - 1; }
@@ -71,9 +74,9 @@ class DynmoeRouter : public Router {
   explicit DynmoeRouter(const RouterSpec& spec)
       : Router(spec), window_(spec.options), temperature_(spec.options.real("temperature")),
         by_margin_(spec.options.text("eval_fallback") == "margin"), noise_(resolved_noise(spec.noise, NoiseSpec::Kind::kNone)) {
-    weight_ED_ = add_parameter("weight", orthogonal_matrix(spec_));
+    weight_ED_ = add_parameter("weight", dynmoe_directions(spec_));
     thresholds_E_ = add_parameter("thresholds", at::zeros({spec_.max_experts}, spec_.dtype));
-    mask_E_ = add_buffer("mask", first_experts(spec_));
+    mask_E_ = add_buffer("mask", dynmoe_mask(spec_));
     activations_E_ = add_buffer("activations", at::zeros({spec_.max_experts}, at::kLong));
     unrouted_D_ = add_buffer("unrouted", at::zeros({spec_.width}, at::kDouble));
   }
@@ -124,8 +127,8 @@ class DynmoeRouter : public Router {
   NoisyLogits cosines(const RouteInput& in) const {
     require_finite(in.routed(), "x", in);
     RouteInput unit_in = in;
-    unit_in.router_x = unit_rows(in.routed());
-    const NoisyLogits logits = noisy_logits(unit_in, unit_rows(weight_ED_).mul(temperature_), noise_);
+    unit_in.router_x = dynmoe_unit_rows(in.routed());
+    const NoisyLogits logits = noisy_logits(unit_in, dynmoe_unit_rows(weight_ED_).mul(temperature_), noise_);
     require_finite(logits.noisy_TE, "logits", in);
     return logits;
   }
@@ -204,12 +207,13 @@ class DynmoeRouter : public Router {
     mask_E_[expert].fill_(1);
     weight_ED_.detach()[expert].copy_(direction_D);
     thresholds_E_.detach()[expert].fill_(0);
-    return {Event::Kind::kExpertAdded, expert, expert, {}, fmt::format("expert {} added for the rows of {} that no expert took", expert, when)};
+    return {Event::Kind::kExpertAdded, expert, expert, {},
+            fmt::format("expert {} added for the rows of {} that no expert took", expert, when)};
   }
 
   static constexpr double kFarBelow = -1e9;  // a logit of probability 0 that stays finite
 
-  AdaptationWindow window_;
+  DynmoeWindow window_;
   double temperature_;
   bool by_margin_;
   NoiseSpec noise_;
@@ -224,7 +228,7 @@ const Registration<RouterEntry> registration_dynmoe{{
                 "evaluation the best active expert",
     .facts = {.stateful = true, .variable_k = true, .straight_through = true},
     .options = {option("temperature", 1.0, "τ, multiplies cosines and thresholds before the sigmoid").at_least(1e-6),
-                option("eval_fallback", "score", "in evaluation a row above no threshold takes the largest s, or u = s - σ(τ·G)")
+                option("eval_fallback", "score", "a row above no threshold takes, in evaluation, the largest s or u")
                     .one_of({"score", "margin"}),
                 option("window_start", 100, "optimiser step of each period at which counting rows begins").at_least(0),
                 option("window_update", 200, "step of each period before which experts are removed and added").at_least(1),

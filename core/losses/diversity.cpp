@@ -5,11 +5,10 @@
 // 0 where the directions are orthonormal, which no number of rows per expert tells: there is no value at balance or at
 // collapse. It reads the router's weight alone, so every row contributes the same value.
 #include "core/losses/dynmoe_parts.h"
+#include "core/select.h"
 
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_vector_norm.h>
-
-#include "core/select.h"
 
 #include <limits>
 
@@ -31,8 +30,8 @@ class DiversityLoss : public Loss {
  public:
   std::vector<Tensor> row_statistics(const LossInput& input) const override {
     const Tensor unit_ED = unit_directions(active_rows(router_matrix(input, "diversity"), input.router));
-    const Tensor gram_EE = router_logits(unit_ED, unit_ED);
-    return {same_for_every_row(at::linalg_vector_norm(gram_EE.sub(at::eye(gram_EE.size(0), gram_EE.options().requires_grad(false)))), input)};
+    const Tensor identity_EE = at::eye(unit_ED.size(0), unit_ED.options().requires_grad(false));
+    return {same_for_every_row(at::linalg_vector_norm(router_logits(unit_ED, unit_ED).sub(identity_EE)), input)};
   }
 
   Tensor value(const LossStatistics& statistics, const Router&) const override {

@@ -13,14 +13,17 @@ namespace {
 
 class EfficiencyLoss : public Loss {
  public:
-  std::vector<Tensor> row_statistics(const LossInput& input) const override { return {indicator_rows(input).mean(1, /*keepdim=*/true)}; }
+  std::vector<Tensor> row_statistics(const LossInput& input) const override {
+    return {indicator_rows(input).mean(1, /*keepdim=*/true)};
+  }
 
   Tensor value(const LossStatistics& statistics, const Router&) const override {
     return mean_over_rows(statistics.sums[0].squeeze(), statistics.rows);
   }
 
   Landmarks landmarks(int64_t experts, int64_t k) const override {
-    const double share = k > 0 ? static_cast<double>(k) / static_cast<double>(experts) : std::numeric_limits<double>::quiet_NaN();
+    constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
+    const double share = k > 0 ? static_cast<double>(k) / static_cast<double>(experts) : unknown;
     return {share, share};
   }
 };

@@ -7,12 +7,12 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_floating_point.hpp>
 
-using namespace moelab;
+namespace moelab::dynmoe_losses_test {
+namespace {
+
 using Catch::Matchers::WithinAbs;
 using Catch::Matchers::WithinRel;
 using test::make_loss;
-
-namespace {
 
 constexpr int64_t kRows = 30, kExperts = 6, kActive = 5, kWidth = 4;
 const std::vector<std::string> kDynmoeLosses{"diversity", "simplicity", "efficiency", "dynmoe_balance"};
@@ -118,8 +118,9 @@ TEST_CASE("1.3 diversity counts active experts only, simplicity all max_experts,
   double length = 0;
   for (int64_t e = 0; e < kExperts; ++e) length += weight_ED[e].norm().item<double>() / kExperts;
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
-    CHECK_THAT(loss_of("diversity", *router, rows_between(0, kRows, mode)), WithinRel(slow_diversity(weight_ED, {0, 1, 2, 3, 4}), 1e-12));
-    CHECK_THAT(loss_of("simplicity", *router, rows_between(0, kRows, mode)), WithinRel(length, 1e-12));
+    const RouteCase input = rows_between(0, kRows, mode);
+    CHECK_THAT(loss_of("diversity", *router, input), WithinRel(slow_diversity(weight_ED, {0, 1, 2, 3, 4}), 1e-12));
+    CHECK_THAT(loss_of("simplicity", *router, input), WithinRel(length, 1e-12));
   }
   set_tensor(*router, "mask", at::tensor({0.0, 1.0, 1.0, 0.0, 0.0, 1.0}, at::kDouble));
   CHECK_THAT(loss_of("diversity", *router, rows_between(0, kRows)), WithinRel(slow_diversity(weight_ED, {1, 2, 5}), 1e-12));
@@ -134,19 +135,22 @@ TEST_CASE("1.3 diversity is 0 for orthonormal directions and for one expert") {
 
 TEST_CASE("1.3 gradients of diversity and simplicity by the weight equal central differences") {
   const auto router = random_dynmoe();
-  for (const char* name : {"diversity", "simplicity"})
-    CHECK(gradient_error([&] { return loss_value(name, *router, rows_between(0, kRows)); }, find_tensor(*router, "weight")) < 1e-8);
+  for (const char* name : {"diversity", "simplicity"}) {
+    const auto value = [&] { return loss_value(name, *router, rows_between(0, kRows)); };
+    CHECK(gradient_error(value, find_tensor(*router, "weight")) < 1e-8);
+  }
 }
 
 TEST_CASE("1.3 efficiency and dynmoe_balance equal plain loops over the indicators; a fallback of evaluation is no indicator") {
   const auto router = random_dynmoe();
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
-    const auto active = slow_indicators(*router, rows_between(0, kRows, mode));
+    const RouteCase input = rows_between(0, kRows, mode);
+    const auto active = slow_indicators(*router, input);
     double used = 0, without = 0;
     for (const auto& row : active) used += active_in(row), without += active_in(row) == 0;
     REQUIRE(without > 0);
-    CHECK_THAT(loss_of("efficiency", *router, rows_between(0, kRows, mode)), WithinRel(used / (kRows * kExperts), 1e-13));
-    CHECK_THAT(loss_of("dynmoe_balance", *router, rows_between(0, kRows, mode)), WithinRel(slow_dynmoe_balance(active).value, 1e-13));
+    CHECK_THAT(loss_of("efficiency", *router, input), WithinRel(used / (kRows * kExperts), 1e-13));
+    CHECK_THAT(loss_of("dynmoe_balance", *router, input), WithinRel(slow_dynmoe_balance(active).value, 1e-13));
   }
 }
 
@@ -244,3 +248,5 @@ TEST_CASE("DynMoE's losses refuse routers without a straight-through choice of a
     CHECK(entry.refuses(Registry<RouterEntry>::instance().find("dynmoe").facts).empty());
   }
 }
+
+}  // namespace moelab::dynmoe_losses_test

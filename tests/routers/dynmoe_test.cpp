@@ -2,8 +2,7 @@
 
 #include "core/error.h"
 
-using namespace moelab;
-
+namespace moelab::dynmoe_test {
 namespace {
 
 using Options = std::map<std::string, OptionValue>;
@@ -20,11 +19,18 @@ Rows slow_margins(const Tensor& x_TD, const Router& router, double temperature =
   for (size_t t = 0; t < margin.size(); ++t)
     for (size_t e = 0; e < margin[t].size(); ++e) {
       const double cosine = margin[t][e] / length(x_TD[t].detach()) / length(weight_ED[e]);
-      const double bar = find_tensor(router, "thresholds")[e].item<double>(), mask = find_tensor(router, "mask")[e].item<double>();
+      const double bar = find_tensor(router, "thresholds")[e].item<double>();
+      const double mask = find_tensor(router, "mask")[e].item<double>();
       margin[t][e] = slow_sigmoid(temperature * cosine) * mask - slow_sigmoid(temperature * bar);
     }
   return margin;
 }
+
+double positive(const std::vector<double>& row) {
+  return static_cast<double>(std::count_if(row.begin(), row.end(), [](double u) { return u > 0; }));
+}
+
+Tensor mask_of(const Router& router) { return find_tensor(router, "mask"); }
 
 // Random everything, thresholds on both sides of 0; expert `max - 1` is room to grow.
 std::unique_ptr<Router> dynmoe_anywhere(Options options = {}) {
@@ -99,12 +105,11 @@ std::unique_ptr<Router> growing_router(int64_t experts, int64_t max_experts) {
   return build_router({.name = "dynmoe", .width = 2, .experts = experts, .max_experts = max_experts, .options = kShortWindow});
 }
 
-Tensor mask_of(const Router& router) { return find_tensor(router, "mask"); }
 Tensor doubles_of(const std::vector<double>& values) { return at::tensor(values, at::kDouble); }
 
 }  // namespace
 
-TEST_CASE("dynmoe oracle (spec 3.10): experts 0 and 3 are active with half a gate each, expert 1 lies exactly at its threshold") {
+TEST_CASE("dynmoe oracle (spec 3.10): experts 0 and 3 take half a gate each, expert 1 lies exactly at its threshold") {
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
     RouteCase input(numbers({{1, 0}}));
     input.in.mode = mode;
@@ -125,7 +130,7 @@ TEST_CASE("dynmoe (spec 3.10): active where σ(τ cos)·mask exceeds σ(τ G), g
     const Rows margin = slow_margins(x_TD, *router, temperature);
     const Tensor gates_TE = dense_gates(sparse(out));
     for (int64_t t = 0; t < 40; ++t) {
-      const double active = static_cast<double>(std::count_if(margin[t].begin(), margin[t].end(), [](double u) { return u > 0; }));
+      const double active = positive(margin[t]);
       for (int64_t e = 0; e < 7; ++e) {
         CHECK(std::abs(at_of(out.probes.at("margin"), t, e) - margin[t][e]) < 1e-14);
         CHECK(at_of(gates_TE, t, e) == (margin[t][e] > 0 ? 1 / active : 0));
@@ -151,7 +156,7 @@ TEST_CASE("dynmoe (spec 3.10): the gradient by u is ⟨∂L/∂y, f_e⟩/K for a
   plan.gate_N.mul(gain_N).sum().backward();  // Σ y·grad_y with y_t = Σ gate·f
   Rows slope = slow_margins(x_TD, *router);  // ∂L/∂u
   for (int64_t t = 0; t < rows; ++t) {
-    const double active = static_cast<double>(std::count_if(slope[t].begin(), slope[t].end(), [](double u) { return u > 0; }));
+    const double active = positive(slope[t]);
     for (int64_t e = 0; e < 7; ++e) slope[t][e] = slope[t][e] > 0 ? f_TED[t][e].dot(grad_y_TD[t]).item<double>() / active : 0;
   }
   const auto surrogate = [&] {
@@ -177,7 +182,7 @@ TEST_CASE("dynmoe (spec 3.10): a row above no threshold gets nothing in training
   CHECK(out.deltas.at("unrouted").equal(doubles_of(kBelowBoth)));
 }
 
-TEST_CASE("dynmoe (spec 3.10): in evaluation it takes the largest score, or the largest margin, with weight 1 and no gradient") {
+TEST_CASE("dynmoe (spec 3.10): in evaluation it takes the largest score or margin, with weight 1 and no gradient") {
   for (const auto& [name, expected] : {std::pair{"score", 0}, std::pair{"margin", 1}}) {
     const auto router = dynmoe_without_takers(name);
     const RouteOutput out = route(*router, RouteCase(numbers({kBelowBoth})));
@@ -196,7 +201,7 @@ TEST_CASE("dynmoe never falls back to a masked expert, whatever its margin, and 
     set_tensor(*router, "thresholds", doubles_of({1.5, -3}));  // u of the masked expert 1 is the larger one
     set_tensor(*router, "mask", doubles_of({1, 0}));
     CHECK(only_expert(route(*router, RouteCase(numbers({kBelowBoth})))) == 0);
-    CHECK(router->active_experts_E().equal(at::tensor({true, false})));
+    CHECK(router->active_experts_E().equal(mask_of(*router).ne(0)));
     set_tensor(*router, "mask", doubles_of({0, 0}));
     CHECK(sparse(route(*router, RouteCase(numbers({kBelowBoth})))).token_N.numel() == 0);
   }
@@ -242,7 +247,7 @@ TEST_CASE("dynmoe's record counts rows per expert and sums the rows that no expe
   Tensor unrouted_D = at::zeros({5}, at::kDouble);
   for (int64_t t = 0; t < 40; ++t) {
     for (size_t e = 0; e < 7; ++e) rows_of_expert[e] += margin[t][e] > 0;
-    if (std::none_of(margin[t].begin(), margin[t].end(), [](double u) { return u > 0; })) unrouted_D += x_TD[t];
+    if (positive(margin[t]) == 0) unrouted_D += x_TD[t];
   }
   REQUIRE(unrouted_D.abs().max().item<double>() > 0);
   const auto whole = route(*router, RouteCase(x_TD).train()).deltas;
@@ -254,7 +259,7 @@ TEST_CASE("dynmoe's record counts rows per expert and sums the rows that no expe
   CHECK(relative_error(first.at("unrouted") + rest.at("unrouted"), whole.at("unrouted")) < 1e-13);
 }
 
-TEST_CASE("dynmoe (spec 3.10, C-DYN-2): experts without a row go; the first inactive one comes, pointing at the unrouted rows") {
+TEST_CASE("dynmoe (spec 3.10, C-DYN-2): experts without a row go, the first inactive one comes for unrouted rows") {
   auto router = growing_router(3, 5);
   set_tensor(*router, "thresholds", doubles_of({1, 2, 3, 4, 5}));
   CHECK(changes_after(*router, record_of({4, 2, 7, 0, 0}, {3, 4})) == Changes{"add 3"});
@@ -311,3 +316,5 @@ TEST_CASE("dynmoe obeys a replayed selection, and its surgery knows the rows of 
   for (const Tensor& rows : router->per_expert_tensors()) CHECK(rows.size(0) == 7);
   CHECK(router->per_expert_tensors().size() == 4);
 }
+
+}  // namespace moelab::dynmoe_test

@@ -9,7 +9,7 @@
 #include <set>
 #include <sstream>
 
-namespace moelab::test {
+namespace moelab::test::dynmoe_run {
 namespace {
 
 // Windows are the steps 2 and 3, 6 and 7, 10 and 11. Experts 1 and 2 of the first layer start out of reach of any row.
@@ -163,4 +163,4 @@ TEST_CASE("experts that go and come are in events.jsonl, with their step, site a
 }
 
 }  // namespace
-}  // namespace moelab::test
+}  // namespace moelab::test::dynmoe_run
