@@ -4,6 +4,7 @@
 #include "core/error.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -14,41 +15,39 @@ namespace {
 
 constexpr double kGridBits = 29;
 constexpr double kPriceLimit = 0x1p44;  // times 2^9 of headroom, every sum below is exact in double and in int64
-using Double2 = double __attribute__((vector_size(16)));
-using Long2 = int64_t __attribute__((vector_size(16)));
+// More than any other price in a narrow search. A row's best score is 0, so its best value is above -kPadding.
+constexpr int32_t kPadding = int32_t{1} << 30;
 
 struct Spread {
   double largest = 0;  // within a row
   std::vector<double> max_T;
 };
 
+// Lane by lane, kLanes columns at a time; the rest of the row one by one.
 template <class Score>
 Spread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
+  typedef Score Lanes __attribute__((vector_size(kLanes * sizeof(Score))));
   Spread spread{0, std::vector<double>(static_cast<size_t>(rows))};
   for (int64_t t = 0; t < rows; ++t) {
     const Score* row = scores.data() + t * experts;
-    Score high[kLanes], low[kLanes];
-    std::fill_n(high, kLanes, row[0]);
-    std::fill_n(low, kLanes, row[0]);
+    Lanes high = Lanes{} + row[0], low = high;
     int64_t e = 0;
-    for (; e + kLanes <= experts; e += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        high[lane] = high[lane] < row[e + lane] ? row[e + lane] : high[lane];
-        low[lane] = row[e + lane] < low[lane] ? row[e + lane] : low[lane];
-      }
+    for (Lanes four; e + kLanes <= experts; e += kLanes) {
+      std::memcpy(&four, row + e, sizeof four);
+      high = high < four ? four : high;
+      low = four < low ? four : low;
+    }
     for (; e < experts; ++e) high[0] = std::max(high[0], row[e]), low[0] = std::min(low[0], row[e]);
-    const double top = *std::max_element(high, high + kLanes), bottom = *std::min_element(low, low + kLanes);
+    const double top = std::max(std::max(high[0], high[1]), std::max(high[2], high[3]));
+    const double bottom = std::min(std::min(low[0], low[1]), std::min(low[2], low[3]));
     spread.max_T[static_cast<size_t>(t)] = top;
     spread.largest = std::max(spread.largest, top - bottom);
   }
   return spread;
 }
 
-// To the nearest integer, ties to even, without a call: adding 1.5·2^52 leaves no room for a fraction.
-inline int32_t nearest(double value) {
-  constexpr double kNoFraction = 0x1.8p52;
-  return static_cast<int32_t>((value + kNoFraction) - kNoFraction);
-}
+// To the nearest integer, ties to even: 1.5·2^52 leaves no room for a fraction, and the lowest bits hold the integer.
+inline int32_t nearest(double value) { return static_cast<int32_t>(std::bit_cast<int64_t>(value + 0x1.8p52)); }
 
 template <class Score>
 GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t experts) {
@@ -139,31 +138,34 @@ RowGroups group_equal_rows(const GridScores& scores) {
   return groups;
 }
 
-BestFinder::BestFinder(const GridScores& scores, const GridPrices& price_E) : price_(price_E.begin(), price_E.end()) {
-  price_.resize(static_cast<size_t>(scores.stride), std::numeric_limits<double>::infinity());
+BestFinder::BestFinder(const GridScores& scores, const GridPrices& price_E)
+    : price_E_(price_E), lowest_(*std::min_element(price_E.begin(), price_E.end())) {
+  if (*std::max_element(price_E.begin(), price_E.end()) - lowest_ >= kPadding) return;
+  for (const int64_t price : price_E) narrow_.push_back(static_cast<int32_t>(price - lowest_));
+  narrow_.resize(static_cast<size_t>(scores.stride), kPadding);
 }
 
-BestExpert BestFinder::operator()(const int32_t* row) const {
-  Double2 best[2];
-  Long2 at[2], index[2] = {{0, 1}, {2, 3}};
-  for (int i = 0; i < 2; ++i) best[i] = Double2{} - std::numeric_limits<double>::infinity(), at[i] = index[i];
-  for (size_t e = 0; e < price_.size(); e += kLanes)
-    for (size_t i = 0; i < 2; ++i) {
-      const Double2 score = {static_cast<double>(row[e + 2 * i]), static_cast<double>(row[e + 2 * i + 1])};
-      const Double2 value = score - load_vector<Double2>(price_.data() + e + 2 * i);
-      const Long2 better = value > best[i];
-      best[i] = better ? value : best[i];
-      at[i] = better ? index[i] : at[i];
-      index[i] += kLanes;
-    }
-  double top = best[0][0];
-  int64_t expert = at[0][0];
-  for (int lane = 1; lane < 4; ++lane) {
-    const double value = best[lane / 2][lane % 2];
-    const int64_t there = at[lane / 2][lane % 2];
-    if (value > top || (value == top && there < expert)) top = value, expert = there;
+BestExpert BestFinder::operator()(const int32_t* row) const { return narrow_.empty() ? wide(row) : narrow(row); }
+
+BestExpert BestFinder::wide(const int32_t* row) const {
+  BestExpert best{0, row[0] - price_E_[0]};
+  for (size_t e = 1; e < price_E_.size(); ++e)
+    if (row[e] - price_E_[e] > best.value) best = {static_cast<int32_t>(e), row[e] - price_E_[e]};
+  return best;
+}
+
+BestExpert BestFinder::narrow(const int32_t* row) const {
+  Int4 at = {0, 1, 2, 3}, index = at, best = Int4{} + std::numeric_limits<int32_t>::min();
+  for (size_t e = 0; e < narrow_.size(); e += kLanes) {
+    const Int4 value = load_vector<Int4>(row + e) - load_vector<Int4>(narrow_.data() + e), better = value > best;
+    best = better ? value : best;
+    at = better ? index : at;
+    index += static_cast<int32_t>(kLanes);
   }
-  return {static_cast<int32_t>(expert), static_cast<int64_t>(top)};
+  int32_t top = best[0], expert = at[0];
+  for (int lane = 1; lane < kLanes; ++lane)
+    if (best[lane] > top || (best[lane] == top && at[lane] < expert)) top = best[lane], expert = at[lane];
+  return {expert, top - lowest_};
 }
 
 int64_t dual_gap(const GridScores& scores, const ExpertLoads& loads, const GridPrices& price_E,

@@ -27,7 +27,6 @@ struct RowGroups {
 };
 RowGroups group_equal_rows(const GridScores& scores);
 
-// Integer prices; those of columns of padding are out of reach.
 using GridPrices = std::vector<int64_t>;
 
 // The best expert at these prices, ties to the lowest, and its score minus its price. Exact.
@@ -41,7 +40,12 @@ class BestFinder {
   BestExpert operator()(const int32_t* row) const;
 
  private:
-  std::vector<double> price_;  // integers below 2^53, padded with infinity
+  BestExpert wide(const int32_t* row) const;
+  BestExpert narrow(const int32_t* row) const;
+
+  GridPrices price_E_;
+  int64_t lowest_;
+  std::vector<int32_t> narrow_;  // above the lowest, padded; empty where they do not fit
 };
 
 // Σ_t max_e(s - p_e) + max Σ_e load_e·p_e - Σ_t s[t, a_t], in steps.
