@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -18,13 +19,13 @@ namespace moelab {
 struct GridScores {
   int64_t rows = 0;
   int64_t experts = 0;
-  int64_t stride = 0;                // experts rounded up to whole vectors
-  std::vector<int32_t> below_max;    // [rows, stride], -2^29 … 0; padding is never read as a score
+  int64_t stride = 0;         // experts rounded up to whole vectors
+  std::unique_ptr<int32_t[]> below_max;  // [rows, stride], -2^29 … 0; padding is 0 and never read as a score
   double step = 1;
-  double row_max_sum = 0;            // Σ_t max_e s
-  double mean_below_max = 0;         // in steps, over all pairs: the size of typical differences
+  double row_max_sum = 0;     // Σ_t max_e s
+  double mean_spread = 0;     // largest minus smallest score of a row, in steps, on average
 
-  const int32_t* row(int64_t t) const { return below_max.data() + t * stride; }
+  const int32_t* row(int64_t t) const { return below_max.get() + t * stride; }
 };
 
 // Every score must be finite.

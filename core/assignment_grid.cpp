@@ -19,35 +19,58 @@ constexpr double kPriceLimit = 0x1p44;  // times 2^9 of headroom, every sum belo
 constexpr int32_t kPadding = int32_t{1} << 30;
 
 struct Spread {
-  double largest = 0;  // within a row
+  double largest = 0;  // largest minus smallest score of a row
+  double sum = 0;
   std::vector<double> max_T;
 };
 
-// Lane by lane, kLanes columns at a time; the rest of the row one by one.
+template <class Score>
+using Lanes __attribute__((vector_size(kLanes * sizeof(Score)))) = Score;
+
+// Calls use(e, scores e … e+kLanes-1 of a row); columns beyond the last repeat `fill`.
+template <class Score, class Use>
+inline void each_lanes(const Score* row, int64_t experts, Score fill, Use use) {
+  Lanes<Score> lanes;
+  int64_t e = 0;
+  for (; e + kLanes <= experts; e += kLanes) {
+    std::memcpy(&lanes, row + e, sizeof lanes);
+    use(e, lanes);
+  }
+  if (e == experts) return;
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = e + lane < experts ? row[e + lane] : fill;
+  use(e, lanes);
+}
+
 template <class Score>
 Spread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
-  typedef Score Lanes __attribute__((vector_size(kLanes * sizeof(Score))));
-  Spread spread{0, std::vector<double>(static_cast<size_t>(rows))};
+  Spread spread{0, 0, std::vector<double>(static_cast<size_t>(rows))};
   for (int64_t t = 0; t < rows; ++t) {
     const Score* row = scores.data() + t * experts;
-    Lanes high = Lanes{} + row[0], low = high;
-    int64_t e = 0;
-    for (Lanes four; e + kLanes <= experts; e += kLanes) {
-      std::memcpy(&four, row + e, sizeof four);
-      high = high < four ? four : high;
-      low = four < low ? four : low;
-    }
-    for (; e < experts; ++e) high[0] = std::max(high[0], row[e]), low[0] = std::min(low[0], row[e]);
+    Lanes<Score> high = Lanes<Score>{} + row[0], low = high;
+    each_lanes(row, experts, row[0], [&](int64_t, const Lanes<Score>& lanes) {
+      high = high < lanes ? lanes : high;
+      low = lanes < low ? lanes : low;
+    });
     const double top = std::max(std::max(high[0], high[1]), std::max(high[2], high[3]));
     const double bottom = std::min(std::min(low[0], low[1]), std::min(low[2], low[3]));
     spread.max_T[static_cast<size_t>(t)] = top;
     spread.largest = std::max(spread.largest, top - bottom);
+    spread.sum += top - bottom;
   }
   return spread;
 }
 
-// To the nearest integer, ties to even: 1.5·2^52 leaves no room for a fraction, and the lowest bits hold the integer.
-inline int32_t nearest(double value) { return static_cast<int32_t>(std::bit_cast<int64_t>(value + 0x1.8p52)); }
+// Rounds one row to the grid. To the nearest, ties to even: 1.5·2^52 leaves no room for a
+// fraction.
+template <class Score>
+void round_row(const Score* row, int64_t experts, double max, double per_step, int32_t* to) {
+  constexpr double kNoFraction = 0x1.8p52;
+  each_lanes(row, experts, static_cast<Score>(max), [&](int64_t e, const Lanes<Score>& lanes) {
+    const Lanes<double> steps = (__builtin_convertvector(lanes, Lanes<double>) - max) * per_step;
+    const Int4 rounded = __builtin_convertvector((steps + kNoFraction) - kNoFraction, Int4);
+    std::memcpy(to + e, &rounded, sizeof rounded);
+  });
+}
 
 template <class Score>
 GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t experts) {
@@ -56,19 +79,13 @@ GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t expert
   check_invariant(std::isfinite(spread.largest), "scores of an assignment are finite");
   GridScores grid{rows, experts, (experts + kLanes - 1) / kLanes * kLanes, {}, 1, 0, 0};
   if (spread.largest > 0) grid.step = std::exp2(std::ceil(std::log2(spread.largest)) - kGridBits);
-  grid.below_max.resize(static_cast<size_t>(rows * grid.stride));
-  const double per_step = 1 / grid.step;
-  int64_t total = 0;
+  grid.below_max = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(rows * grid.stride));
+  grid.mean_spread = spread.sum / grid.step / std::max<double>(1, static_cast<double>(rows));
   for (int64_t t = 0; t < rows; ++t) {
-    const Score* from = scores.data() + t * experts;
-    int32_t* to = grid.below_max.data() + t * grid.stride;
     const double max = spread.max_T[static_cast<size_t>(t)];
     grid.row_max_sum += max;
-    int64_t sum = 0;
-    for (int64_t e = 0; e < experts; ++e) sum += to[e] = nearest((static_cast<double>(from[e]) - max) * per_step);
-    total -= sum;
+    round_row(scores.data() + t * experts, experts, max, 1 / grid.step, grid.below_max.get() + t * grid.stride);
   }
-  grid.mean_below_max = static_cast<double>(total) / std::max(1.0, static_cast<double>(rows * experts));
   return grid;
 }
 

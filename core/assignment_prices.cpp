@@ -129,7 +129,7 @@ int64_t improve_prices(const GridScores& scores, const RowGroups& groups, const 
   if (scores.experts < 2 || scores.rows < 2 * scores.experts) return 0;  // few paths to repair, and every load is positive
   PriceAuction auction(scores, groups, loads, price_E);
   // Increments below what a float of the size of the scores can tell apart would never raise a price.
-  const double typical = scores.mean_below_max / 2.5, finest = std::max(typical * 1e-3, 0x1p29 * 0x1p-21);
+  const double typical = scores.mean_spread / 4.5, finest = std::max(typical * 1e-3, 0x1p29 * 0x1p-21);
   const int64_t most_bids = 64 + 8 * groups.count();
   if (!warm || !auction.run(static_cast<float>(finest), most_bids)) {
     for (double increment = std::max(typical, finest); ; increment = std::max(increment / 5, finest)) {

@@ -24,6 +24,11 @@ struct Holding {
   int32_t amount;
 };
 
+struct Share {
+  int32_t expert;
+  int32_t amount;
+};
+
 struct Edge {
   int32_t from;
   int32_t to;
@@ -51,17 +56,22 @@ class PathRepair {
 
   // Rows of a group go to its experts in the order of both.
   std::vector<int64_t> expert_of_rows() const {
-    std::vector<std::vector<std::pair<int32_t, int32_t>>> shares_G(groups_.size_G.size());
+    std::vector<int32_t> share_G1(groups_.size_G.size() + 1, 0);  // where a group's shares begin
+    for (const auto& held_by : held_E_)
+      for (const Holding& held : held_by) ++share_G1[static_cast<size_t>(held.group) + 1];
+    std::partial_sum(share_G1.begin(), share_G1.end(), share_G1.begin());
+    std::vector<Share> shares(static_cast<size_t>(share_G1.back()));
+    std::vector<int32_t> next_G(share_G1.begin(), share_G1.end() - 1);
     for (size_t e = 0; e < experts_; ++e)
       for (const Holding& held : held_E_[e])
-        shares_G[static_cast<size_t>(held.group)].emplace_back(static_cast<int32_t>(e), held.amount);
+        shares[static_cast<size_t>(next_G[static_cast<size_t>(held.group)]++)] = {static_cast<int32_t>(e), held.amount};
     std::vector<int64_t> expert_T;
-    std::vector<size_t> next_G(shares_G.size(), 0);
+    expert_T.reserve(groups_.group_T.size());
     for (const int32_t group : groups_.group_T) {
-      const auto g = static_cast<size_t>(group);
-      if (shares_G[g][next_G[g]].second == 0) ++next_G[g];
-      --shares_G[g][next_G[g]].second;
-      expert_T.push_back(shares_G[g][next_G[g]].first);
+      int32_t& first = share_G1[static_cast<size_t>(group)];
+      if (shares[static_cast<size_t>(first)].amount == 0) ++first;
+      --shares[static_cast<size_t>(first)].amount;
+      expert_T.push_back(shares[static_cast<size_t>(first)].expert);
     }
     return expert_T;
   }
