@@ -22,10 +22,11 @@ struct GridScores {
   int64_t stride = 0;         // experts rounded up to whole vectors
   std::unique_ptr<int32_t[]> below_max;  // [rows, stride], -2^29 … 0; padding is 0 and never read as a score
   double step = 1;
-  double row_max_sum = 0;     // Σ_t max_e s
+  std::vector<double> max_T;  // largest score of each row
   double mean_spread = 0;     // largest minus smallest score of a row, in steps, on average
 
   const int32_t* row(int64_t t) const { return below_max.get() + t * stride; }
+  double rounded(int64_t t, int64_t e) const { return max_T[static_cast<size_t>(t)] + row(t)[e] * step; }
 };
 
 // Every score must be finite.

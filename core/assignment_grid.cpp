@@ -75,15 +75,14 @@ void round_row(const Score* row, int64_t experts, double max, double per_step, i
 template <class Score>
 GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t experts) {
   check_invariant(experts > 0 && static_cast<int64_t>(scores.size()) == rows * experts, "scores are not [rows, experts]");
-  const Spread spread = spread_of(scores, rows, experts);
+  Spread spread = spread_of(scores, rows, experts);
   check_invariant(std::isfinite(spread.largest), "scores of an assignment are finite");
-  GridScores grid{rows, experts, (experts + kLanes - 1) / kLanes * kLanes, {}, 1, 0, 0};
+  GridScores grid{rows, experts, (experts + kLanes - 1) / kLanes * kLanes, nullptr, 1, std::move(spread.max_T), 0};
   if (spread.largest > 0) grid.step = std::exp2(std::ceil(std::log2(spread.largest)) - kGridBits);
   grid.below_max = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(rows * grid.stride));
   grid.mean_spread = spread.sum / grid.step / std::max<double>(1, static_cast<double>(rows));
   for (int64_t t = 0; t < rows; ++t) {
-    const double max = spread.max_T[static_cast<size_t>(t)];
-    grid.row_max_sum += max;
+    const double max = grid.max_T[static_cast<size_t>(t)];
     round_row(scores.data() + t * experts, experts, max, 1 / grid.step, grid.below_max.get() + t * grid.stride);
   }
   return grid;
@@ -112,6 +111,8 @@ int64_t value_in_steps(const GridScores& scores, const std::vector<int64_t>& exp
   for (int64_t t = 0; t < scores.rows; ++t) value += scores.row(t)[expert_T[static_cast<size_t>(t)]];
   return value;
 }
+
+double sum_of_maxima(const GridScores& scores) { return std::accumulate(scores.max_T.begin(), scores.max_T.end(), 0.0); }
 
 }  // namespace
 
@@ -223,7 +224,7 @@ BalancedAssignment certified(const GridScores& scores, const ExpertLoads& loads,
   for (int64_t& price : price_E) result.price_E.push_back(static_cast<double>(price -= lowest) * scores.step);
   result.gap_steps = dual_gap(scores, loads, price_E, expert_T);
   result.gap = static_cast<double>(result.gap_steps) * scores.step;
-  result.value = scores.row_max_sum + static_cast<double>(value_in_steps(scores, expert_T)) * scores.step;
+  result.value = sum_of_maxima(scores) + static_cast<double>(value_in_steps(scores, expert_T)) * scores.step;
   result.expert_T = std::move(expert_T);
   return result;
 }
@@ -232,7 +233,7 @@ double dual_bound(const GridScores& scores, const ExpertLoads& loads, std::span<
   const GridPrices prices = grid_prices(scores, price_E);
   const std::vector<int64_t> first_T(static_cast<size_t>(scores.rows), 0);
   const int64_t bound = dual_gap(scores, loads, prices, first_T) + value_in_steps(scores, first_T);
-  return scores.row_max_sum + static_cast<double>(bound) * scores.step;
+  return sum_of_maxima(scores) + static_cast<double>(bound) * scores.step;
 }
 
 BalancedAssignment assign_exactly(const GridScores& scores, const ExpertLoads& loads, std::span<const double> price_E) {

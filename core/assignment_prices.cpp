@@ -4,6 +4,7 @@
 #include "core/assignment_parts.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -13,6 +14,13 @@ namespace moelab {
 namespace {
 
 constexpr float kNever = std::numeric_limits<float>::infinity();
+
+// Coarse increments find the level of the prices, and a sample of the rows is enough for that.
+struct Phase {
+  double increment;  // in standard deviations, about
+  int64_t stride;
+};
+constexpr std::array<Phase, 5> kPhases{{{1, 16}, {0.2, 16}, {0.04, 4}, {0.008, 1}, {0.001, 1}}};
 
 struct TopTwo {
   int32_t expert = 0;
@@ -57,10 +65,10 @@ class PriceAuction {
     kept_E_.resize(price_E.size());
   }
 
-  // Everybody bids anew, until all hold a slot or `bids` were made. True = all hold one.
-  bool run(float increment, int64_t most_bids) {
+  // Every `stride`-th row bids anew, until all of these hold a slot or `most_bids` were made. True = all hold one.
+  bool run(float increment, int64_t most_bids, int64_t stride = 1) {
     increment_ = increment;
-    start_round();
+    start_round(stride);
     for (int64_t left = most_bids; !queue_.empty() && left > 0; --left, ++bids_) {
       const int32_t group = queue_.back();
       queue_.pop_back();
@@ -73,17 +81,31 @@ class PriceAuction {
   float price(size_t expert) const { return price_[expert]; }
 
  private:
-  void start_round() {
+  void start_round(int64_t stride) {
     for (auto& kept : kept_E_) kept.clear();
     std::fill(held_E_.begin(), held_E_.end(), 0);
-    place_E_ = loads_.load_E;
+    queue_.clear();
+    waiting_G_.assign(groups_.size_G.size(), 0);
+    int64_t rows = 0;
+    for (int64_t t = 0; t < scores_.rows; t += stride, ++rows) wait(groups_.group_T[static_cast<size_t>(t)], 1);
+    std::reverse(queue_.begin(), queue_.end());
+    const ExpertLoads sampled = expert_loads(rows, scores_.experts, ExtraSlots::kBest);
+    share_places(stride == 1 ? loads_ : sampled);
+  }
+
+  // Extra slots go where the prices are highest.
+  void share_places(const ExpertLoads& loads) {
+    place_E_ = loads.load_E;
     std::vector<size_t> order(place_E_.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return price_[a] > price_[b]; });
-    for (int64_t i = 0; i < loads_.free_extra; ++i) ++place_E_[order[static_cast<size_t>(i)]];
-    waiting_G_ = groups_.size_G;
-    queue_.resize(waiting_G_.size());
-    std::iota(queue_.rbegin(), queue_.rend(), 0);
+    for (int64_t i = 0; i < loads.free_extra; ++i) ++place_E_[order[static_cast<size_t>(i)]];
+  }
+
+  void wait(int32_t group, int32_t amount) {
+    int32_t& waiting = waiting_G_[static_cast<size_t>(group)];
+    if (waiting == 0) queue_.push_back(group);
+    waiting += amount;
   }
 
   void bid(int32_t group, int32_t amount) {
@@ -102,9 +124,7 @@ class PriceAuction {
     Bid& lowest = kept.front();
     const auto excess = static_cast<int32_t>(std::min<int64_t>(held_E_[e] - place_E_[e], lowest.amount));
     held_E_[e] -= excess;
-    int32_t& waiting = waiting_G_[static_cast<size_t>(lowest.group)];
-    if (waiting == 0) queue_.push_back(lowest.group);
-    waiting += excess;
+    wait(lowest.group, excess);
     lowest.amount -= excess;
     if (lowest.amount > 0) return;
     std::pop_heap(kept.begin(), kept.end());
@@ -129,13 +149,13 @@ int64_t improve_prices(const GridScores& scores, const RowGroups& groups, const 
   if (scores.experts < 2 || scores.rows < 2 * scores.experts) return 0;  // few paths to repair, and every load is positive
   PriceAuction auction(scores, groups, loads, price_E);
   // Increments below what a float of the size of the scores can tell apart would never raise a price.
-  const double typical = scores.mean_spread / 4.5, finest = std::max(typical * 1e-3, 0x1p29 * 0x1p-21);
-  const int64_t most_bids = 64 + 8 * groups.count();
-  if (!warm || !auction.run(static_cast<float>(finest), most_bids)) {
-    for (double increment = std::max(typical, finest); ; increment = std::max(increment / 5, finest)) {
-      if (!auction.run(static_cast<float>(increment), most_bids) || increment == finest) break;
-    }
-  }
+  const double typical = scores.mean_spread / 4.5, finest = 0x1p29 * 0x1p-21;
+  const int64_t most_bids = 64 + 8 * groups.count(), widest = std::max<int64_t>(1, scores.rows / (4 * scores.experts));
+  const auto finished = [&](const Phase& phase) {
+    const double increment = std::max(typical * phase.increment, finest);
+    return auction.run(static_cast<float>(increment), most_bids, std::min(phase.stride, widest));
+  };
+  if (!warm || !finished(kPhases.back())) (void)std::all_of(kPhases.begin(), kPhases.end(), finished);
   for (size_t e = 0; e < price_E.size(); ++e) price_E[e] = std::llround(auction.price(e));
   return auction.bids();
 }
