@@ -47,7 +47,8 @@ Json facts_json(const RouterEntry& entry) {
           {"decodes", f.decodes},
           {"passes", f.passes},
           {"fixed_k", f.fixed_k},
-          {"has_scores", f.has_scores}};
+          {"has_scores", f.has_scores},
+          {"time_ordered", f.time_ordered}};
 }
 
 Json facts_json(const ExpertEntry& entry) {

@@ -6,7 +6,7 @@
 //     position: position mod V           | bigram: hash(token before, token) mod V
 //   balanced: tokens by falling count in the training split, ties by lower id, each to the k experts with the least count so
 //     far, ties by lower index; tokens that never occur are dealt round robin. Before the counts are known: v mod E, …
-//   multi (MultiHash): hash j draws among the experts ⌊jE/k⌋ … ⌊(j+1)E/k⌋-1;  the others draw k different experts uniformly
+//   multi (MultiHash): hash j draws among the experts ⌊jE/k⌋ … ⌊(j+1)E/k⌋-1;  the other kinds draw k different experts
 //
 // The table is a buffer: checkpoints keep it, and any other one may be put there (clusters of embeddings, say).
 //
@@ -17,6 +17,7 @@
 #include "core/linear_router.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
@@ -45,7 +46,7 @@ HashKind hash_kind_of(const std::string& name) {
 
 int64_t hash_vocabulary(const RouterSpec& spec) {
   const int64_t own = spec.options.integer("vocabulary"), lines = own > 0 ? own : spec.vocabulary;
-  if (lines == 0) usage_error("[moe.router] vocabulary: router 'hash' needs the number of tokens, and no model or data says it");
+  if (lines == 0) usage_error("[moe.router] vocabulary: router 'hash' needs the number of tokens, and no model says it");
   return lines;
 }
 
@@ -160,7 +161,9 @@ Tensor bigram_lines(const Tensor& before_T, const Tensor& token_T, int64_t lines
 class HashRouter : public Router {
  public:
   explicit HashRouter(const RouterSpec& spec)
-      : Router(spec), kind_(hash_kind_of(spec.options.text("kind"))), table_V_(add_buffer("table", initial_table(spec, kind_))) {}
+      : Router(spec),
+        kind_(hash_kind_of(spec.options.text("kind"))),
+        table_V_(add_buffer("table", initial_table(spec, kind_))) {}
 
   RouterFacts facts() const override {
     RouterFacts facts = Router::facts();
@@ -168,6 +171,11 @@ class HashRouter : public Router {
     facts.looks_ahead = kind_ == HashKind::kFuture;
     facts.decodes = kind_ != HashKind::kFuture;
     return facts;
+  }
+
+  Tensor active_experts_E() const override {
+    if (spec_.max_experts == spec_.experts) return {};
+    return at::arange(spec_.max_experts, at::kLong).lt(spec_.experts);
   }
 
   // The lines are tokens, even where there are as many of them as experts.
