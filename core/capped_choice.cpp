@@ -12,8 +12,8 @@ namespace moelab {
 namespace {
 
 // Orders pairs as the entropy-regularised assignment A does: ln A, but above 0 where A = 1. Each cap keeps the correction that
-// its last projection made (Dykstra); the sums per expert, being equalities, need none. The entropy starts at 0.1 and falls by a
-// tenth with each round, down to lambda: at a small one the projections crawl. A new lambda rescales what are dual prices.
+// its last projection made (Dykstra); the sums per expert, being equalities, need none. The entropy's weight starts at 0.1 and
+// falls by a tenth per round down to lambda, where alone the projections would crawl; a new one rescales the dual prices.
 Tensor capped_assignment(const Tensor& score_NE, double places, double cap, double lambda, int64_t iterations) {
   double now = std::max(lambda, 0.1);
   Tensor log_NE = score_NE.to(at::kDouble).div(now);
@@ -33,8 +33,8 @@ Tensor capped_assignment(const Tensor& score_NE, double places, double cap, doub
   return log_NE.add(entry_NE);
 }
 
-// Experts ask rows in their order; a full row keeps the experts it ranks highest, and a refused expert asks on. At the optimum of
-// A nobody is refused. An expert that all rows refused takes its best ones over their cap.
+// Experts ask rows in their order; a full row keeps the experts it ranks highest, and a refused expert asks on. At the optimum
+// of A nobody is refused. An expert that all rows refused takes its best ones over their cap.
 class CappedChoice {
  public:
   CappedChoice(const Tensor& order_NE, int64_t places, int64_t cap)
@@ -68,7 +68,9 @@ class CappedChoice {
       std::vector<int64_t>& holders = holders_N_[row];
       holders.push_back(expert);
       if (holders.size() <= cap_) return;
-      const auto before = [&](int64_t a, int64_t b) { return rank(row, a) != rank(row, b) ? rank(row, a) > rank(row, b) : a < b; };
+      const auto before = [&](int64_t a, int64_t b) {
+        return rank(row, a) != rank(row, b) ? rank(row, a) > rank(row, b) : a < b;
+      };
       const auto last = std::max_element(holders.begin(), holders.end(), before);
       expert = *last;
       holders.erase(last);

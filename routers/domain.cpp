@@ -27,7 +27,8 @@ class DomainRouter : public Router {
   explicit DomainRouter(const RouterSpec& spec) : Router(spec), domains_(spec.options.integer("domains")) {
     require_k_fits(spec);
     if (spec.options.flag("hard")) return;
-    weight_RE_ = add_parameter("weight", normal_tensor(spec.init.with("weight"), {domains_, spec.max_experts}, 0.02, spec.dtype));
+    const Tensor initial_RE = normal_tensor(spec.init.with("weight"), {domains_, spec.max_experts}, 0.02, spec.dtype);
+    weight_RE_ = add_parameter("weight", initial_RE);
   }
 
   RouterFacts facts() const override {
