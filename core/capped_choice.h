@@ -5,9 +5,10 @@
 
 namespace moelab {
 
-// Each of E experts takes exactly `places` of N rows and no row has more than `cap` experts; bool [N,E]. Needs places ≤ N and
-// places·E ≤ cap·N; where that is so tight that refused experts find no row, some row goes over its cap. The pairs are those of the entropy-regularised assignment max Σ S·A + lambda·H(A) under these bounds, which at a small
-// lambda is the best assignment, after at most `iterations` rounds of Dykstra's projections. Ties go to the lowest row.
+// Each of E experts takes exactly `places` of N rows, and no row has more than `cap` experts; bool [N,E]. The pairs are those of
+// the entropy-regularised assignment max Σ S·A + lambda·H(A) under these bounds (at a small lambda the best assignment), after at
+// most `iterations` rounds of projections. Needs places ≤ N and places·E ≤ cap·N; where that is so tight that refused experts
+// find no other row, some row goes over its cap. Ties go to the lowest row.
 Tensor capped_choice(const Tensor& score_NE, int64_t places, int64_t cap, double lambda, int64_t iterations);
 
 }  // namespace moelab
