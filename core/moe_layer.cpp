@@ -134,13 +134,21 @@ void refuse_impossible_k(const Table& router, const Options& options, int64_t ex
   router.fail("k", fmt::format("k = {} is more than experts = {}", options.integer("k"), experts));
 }
 
+// A router may bring a vocabulary where no model has one, or room for more tokens than the model's.
+int64_t read_vocabulary(const Table& router, const Options& options, int64_t model) {
+  const int64_t own = options.declared("vocabulary") ? options.integer("vocabulary") : 0;
+  if (own > 0 && own < model) router.fail("vocabulary", fmt::format("vocabulary = {} is less than the model's {}", own, model));
+  return own > 0 ? own : model;
+}
+
 RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec spec) {
   const Table table = moe.child("router");
   spec.options = table.options(with_name(entry.options));
   refuse_impossible_k(table, spec.options, spec.experts);
-  const bool says_vocabulary = spec.options.declared("vocabulary") && spec.options.integer("vocabulary") > 0;
-  if (entry.facts.needs_token_ids && spec.vocabulary == 0 && !says_vocabulary)
-    table.fail("name", fmt::format("router '{}' needs token ids, which this model does not have", entry.name));
+  spec.vocabulary = read_vocabulary(table, spec.options, spec.vocabulary);
+  if (entry.facts.needs_token_ids && spec.vocabulary == 0)
+    table.fail("name", fmt::format("router '{}' needs token ids, which this model does not have{}", entry.name,
+                                   spec.options.declared("vocabulary") ? "; `vocabulary` says how many there are" : ""));
   spec.noise = noise_spec(moe.child("noise").options(noise_options()));
   read_capacity(moe.child("capacity"), entry, spec);
   return spec;

@@ -78,6 +78,7 @@ std::unique_ptr<Router> make_router(const std::string& name, RouterSpec spec) {
 Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k) {
   if (facts.looks_ahead) return {false, "it reads later tokens by construction"};
   const bool independent = mode == Mode::kTrain ? facts.batch_independent : facts.batch_independent_eval;
+  if (!independent && facts.time_ordered) return {true, "the rows that a decision depends on are never later ones"};
   if (!independent) return {false, fmt::format("in {} a row's decision depends on later rows", to_string(mode))};
   if (policy.mode == CapacityPolicy::Mode::kNone) return {true, "each row decides for itself"};
   if (policy.priority != CapacityPolicy::Priority::kPosition)

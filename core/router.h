@@ -119,6 +119,7 @@ struct RouterFacts {
   int64_t fixed_k = 0;             // choices per row where the method fixes them; 0 = the option `k`, or it varies
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
   bool distils = false;            // a second router learns its choices: RouteOutput::statistics has its scores, "distilled"
+  bool time_ordered = false;       // where a row's decision depends on others, places included, none of them is later
 };
 
 // Noise as `[moe.noise]` asks for; routers resolve kPaper to their own.

@@ -48,7 +48,8 @@ Json facts_json(const RouterEntry& entry) {
           {"passes", f.passes},
           {"fixed_k", f.fixed_k},
           {"has_scores", f.has_scores},
-          {"distils", f.distils}};
+          {"distils", f.distils},
+          {"time_ordered", f.time_ordered}};
 }
 
 Json facts_json(const ExpertEntry& entry) {

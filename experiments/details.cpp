@@ -164,6 +164,7 @@ std::vector<std::string> router_facts_in_words(const Json& facts) {
       {"decodes", false, "cannot decode token by token"},
       {"has_scores", false, "has no scores that losses could read"},
       {"distils", true, "a second router learns its choices"},
+      {"time_ordered", true, "depends on no later row"},
   };
   std::vector<std::string> words{facts.at("plan").get<std::string>() + " plan"};
   for (const Sentence& s : sentences)

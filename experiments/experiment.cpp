@@ -43,6 +43,20 @@ void refuse_unknown_objective(const Table& root, const std::string& name) {
   }
 }
 
+// A router that reads labels needs data that have them, and a line for each.
+void refuse_missing_labels(const Table& root, const Model& model, const Dataset& data) {
+  const Table table = root.child("moe").child("router");
+  for (const Site* site : model.sites()) {
+    const Router& router = *site->router;
+    if (!router.facts().needs_domain) continue;
+    if (data.domains() == 0)
+      table.fail("name", fmt::format("router '{}' needs domain labels, which these data do not have", router.entry().name));
+    const Options& options = router.spec().options;
+    if (options.declared("domains") && options.integer("domains") < data.domains())
+      table.fail("domains", fmt::format("domains = {}, but the data have {}", options.integer("domains"), data.domains()));
+  }
+}
+
 // It names a folder below runs/.
 std::string run_name(const Table& root) {
   const std::string name = root.options({option("name", "run", "")}, root.keys()).text("name");
@@ -68,6 +82,7 @@ Experiment load_experiment(const Table& root) {
   refuse_unknown_objective(root, e.train.objective);  // before data are read
   e.data = read_dataset(root, model_context(root));
   e.model = model_that_fits(e);
+  refuse_missing_labels(root, *e.model, *e.data);
   CorpusStatistics statistics{e.data->token_counts_V()};
   for (Site* site : e.model->sites()) site->router->prepare(statistics);
   e.config_id = xxh3_hex(values_only(root)).substr(0, 8);  // when all is read: options of replaced plugins are gone
