@@ -15,7 +15,8 @@
 
 namespace moelab {
 
-enum class LossScope { kMicro, kSequence, kStep };
+// kStepStreaming: each micro-batch's gradient refers to the step's sums as the rows so far let expect them; no first sweep.
+enum class LossScope { kMicro, kSequence, kStep, kStepStreaming };
 
 // What a loss may look at.
 struct LossInput {
@@ -74,7 +75,7 @@ struct LossTerm {
   LossScope scope = LossScope::kStep;
 };
 
-// Sums per scope: one entry for kMicro and kStep, one per sequence that has rows for kSequence (without any row: one entry of
+// Sums per scope: one entry for kMicro, kStep and kStepStreaming, one per sequence that has rows for kSequence (without any row: one entry of
 // zero rows, so that the value is 0 and still on the graph).
 std::vector<LossStatistics> collect_statistics(const Loss& loss, LossScope scope, const LossInput& input);
 

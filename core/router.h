@@ -95,6 +95,10 @@ struct CorpusStatistics {
   Tensor token_counts_V;  // int64
 };
 
+// What evaluation does with the experts: as training does, all of them on every row, or one of averaged parameters.
+enum class InEvaluation { kAsInTraining, kAllExperts, kMergedExperts };
+const char* to_string(InEvaluation what);
+
 // Facts about the method, as data: generic code and tests branch on these, never on a name.
 struct RouterFacts {
   PlanForm plan = PlanForm::kSparse;
@@ -117,6 +121,9 @@ struct RouterFacts {
   int64_t passes = 1;              // forward passes per step
   int64_t fixed_k = 0;             // choices per row where the method fixes them; 0 = the option `k`, or it varies
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
+  InEvaluation in_evaluation = InEvaluation::kAsInTraining;
+
+  PlanForm plan_in(Mode mode) const;
 };
 
 // Noise as `[moe.noise]` asks for; routers resolve kPaper to their own.

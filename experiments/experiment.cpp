@@ -4,7 +4,6 @@
 #include "core/io/files.h"
 #include "core/memory.h"
 #include "experiments/plugins.h"
-#include "trainers/objective.h"
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
@@ -35,14 +34,6 @@ std::shared_ptr<Model> model_that_fits(const Experiment& e) {
   }
 }
 
-void refuse_unknown_objective(const Table& root, const std::string& name) {
-  try {
-    make_objective(name);
-  } catch (const Error& error) {
-    root.child("train").fail("objective", error.what());
-  }
-}
-
 // It names a folder below runs/.
 std::string run_name(const Table& root) {
   const std::string name = root.options({option("name", "run", "")}, root.keys()).text("name");
@@ -65,7 +56,7 @@ Experiment load_experiment(const Table& root) {
   e.root = root;
   e.name = run_name(root);
   e.train = read_train_settings(root);
-  refuse_unknown_objective(root, e.train.objective);  // before data are read
+  read_objective(root, e.train);  // before data are read
   e.data = read_dataset(root, model_context(root));
   e.model = model_that_fits(e);
   CorpusStatistics statistics{e.data->token_counts_V()};

@@ -27,7 +27,7 @@ void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRec
 void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values) {
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
-    const int64_t k = choices_per_row(site.router->facts(), site.router->spec());
+    const int64_t k = choices_per_row(site.router->facts(), site.router->spec(), Mode::kEval);
     const Landmarks marks = term.loss->landmarks(site.router->spec().experts, std::max<int64_t>(1, k));
     const std::string key = prefix + ".loss." + term.label;
     out[key] = t < values.size() ? summary_number(values[t]) : nlohmann::json();
