@@ -30,7 +30,8 @@ const LossTerm& term_at(const std::vector<Site*>& sites, const TermKey& key) { r
 bool is_local(const LossTerm& term) { return term.scope == LossScope::kMicro || term.scope == LossScope::kSequence; }
 
 // Adds the sums of every term of this scope of one forward pass; `share` is 1 / passes.
-void add_totals(Totals& totals, const std::vector<Site*>& sites, const ModelOutput& out, double share, LossScope scope = LossScope::kStep) {
+void add_totals(Totals& totals, const std::vector<Site*>& sites, const ModelOutput& out, double share,
+                LossScope scope = LossScope::kStep) {
   for (size_t s = 0; s < out.sites.size(); ++s) {
     for (const TermStatistics& found : out.sites[s].statistics) {
       const TermKey key{s, found.term};
@@ -177,8 +178,10 @@ class Step {
     Totals fresh;
     for (const ModelOutput& pass : passes) add_totals(fresh, sites_, pass, share(), LossScope::kStepStreaming);
     all_reduce_totals(fresh, objective_.passes(), *context_.comm);
-    for (const auto& [key, more] : fresh)
-      gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, streamed_total(streamed_[key], more, rows_), *sites_[key.site]->router);
+    for (const auto& [key, more] : fresh) {
+      const LossStatistics expected = streamed_total(streamed_[key], more, rows_);
+      gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, expected, *sites_[key.site]->router);
+    }
   }
 
   // Adds this pass's part of every routing loss to the loss of its micro-batch.
