@@ -159,7 +159,8 @@ std::vector<std::string> router_facts_in_words(const Json& facts) {
   for (const Sentence& s : sentences)
     if (facts.at(s.fact) == s.value) words.push_back(s.text);
   if (facts.at("passes") != 1) words.push_back(fmt::format("{} forward passes per step", facts.at("passes").get<int64_t>()));
-  if (facts.at("in_evaluation") != "as in training") words.push_back(fmt::format("evaluates with {}", facts.at("in_evaluation").get<std::string>()));
+  const std::string evaluation = facts.at("in_evaluation");
+  if (evaluation != to_string(InEvaluation::kAsInTraining)) words.push_back("evaluates with " + evaluation);
   if (facts.at("fixed_k") != 0) words.push_back(fmt::format("always {} per row", facts.at("fixed_k").get<int64_t>()));
   return words;
 }

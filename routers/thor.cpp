@@ -10,9 +10,9 @@
 // A draw is a function of seed, layer, step and pass, and of sequence and position where the granularity says so: all ranks
 // and micro-batches agree.
 //
-// Differences from the paper: it describes a pair of experts per layer; the default follows the authors' code, where both passes
-// draw from all experts and may agree. Granularities other than the batch, and evaluation by ensemble, fixed expert or
-// averaged parameters, are additions.
+// Differences from the paper: it describes a pair of experts per layer; by default both passes draw from all experts and may
+// agree, as in the authors' code. Granularities other than the batch, and evaluation by ensemble, fixed expert or averaged
+// parameters, are additions.
 #include "core/error.h"
 #include "core/linear_router.h"
 

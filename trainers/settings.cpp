@@ -42,7 +42,7 @@ OptionSpecs objective_options(const std::string& name, const OptionSpecs& own) {
 double decay_progress(const ScheduleSettings& schedule, int64_t step, int64_t total_steps) {
   int64_t first = schedule.warmup_steps;
   if (schedule.decay == "wsd")
-    first = std::max(first, total_steps - std::llround(schedule.decay_fraction * static_cast<double>(total_steps)));
+    first = std::max<int64_t>(first, total_steps - std::llround(schedule.decay_fraction * static_cast<double>(total_steps)));
   const auto span = static_cast<double>(std::max<int64_t>(1, total_steps - first));
   return std::clamp(static_cast<double>(step - first) / span, 0.0, 1.0);
 }
