@@ -15,7 +15,8 @@
 
 namespace moelab {
 
-enum class LossScope { kMicro, kSequence, kStep };
+// kStepStreaming: each micro-batch's gradient refers to the step's sums guessed from the rows so far; no first sweep.
+enum class LossScope { kMicro, kSequence, kStep, kStepStreaming };
 
 // What a loss may look at.
 struct LossInput {
@@ -79,8 +80,8 @@ struct LossTerm {
   LossScope scope = LossScope::kStep;
 };
 
-// Sums per scope: one entry for kMicro and kStep, one per sequence that has rows for kSequence (without any row: one entry of
-// zero rows, so that the value is 0 and still on the graph).
+// Sums per scope: one entry for kMicro, kStep and kStepStreaming, one per sequence that has rows for kSequence (without any row:
+// one entry of zero rows, so that the value is 0 and still on the graph).
 std::vector<LossStatistics> collect_statistics(const Loss& loss, LossScope scope, const LossInput& input);
 
 // Local value of a term in one micro-batch: value(S), or the mean over sequences weighted by rows.

@@ -75,6 +75,7 @@ void read_capacity(const Table& table, const RouterEntry& entry, RouterSpec& spe
 
 LossScope scope_of_loss(const std::string& word) {
   if (word == "micro") return LossScope::kMicro;
+  if (word == "step_streaming") return LossScope::kStepStreaming;
   return word == "sequence" ? LossScope::kSequence : LossScope::kStep;
 }
 
@@ -89,15 +90,17 @@ OptionSpecs loss_options(const LossEntry& entry, const RouterEntry& router) {
   OptionSpecs specs = with_name(entry.options);
   specs.push_back(option("label", entry.name.c_str(), "name in metrics and results"));
   specs.push_back(option("coefficient", paper ? paper->coefficient : 0.01, "weight in the training loss"));
-  specs.push_back(option("scope", "step", "rows over which the value is formed").one_of({"micro", "sequence", "step"}));
+  specs.push_back(option("scope", "step",
+                         "rows over which the value is formed; step_streaming: the step's, guessed from the micro-batches so far")
+                      .one_of({"micro", "sequence", "step", "step_streaming"}));
   return specs;
 }
 
-LossTerm read_loss(const Table& table, const RouterEntry& router) {
+LossTerm read_loss(const Table& table, const RouterEntry& router, const RouterFacts& facts) {
   const std::string name = plugin_name(table, "");
   if (name.empty()) table.fail("name", "a [[loss]] needs a name");
   const LossEntry& entry = find_plugin<LossEntry>(table, name);
-  const std::string refusal = entry.refuses ? entry.refuses(router.facts) : "";
+  const std::string refusal = entry.refuses ? entry.refuses(facts) : "";
   if (!refusal.empty()) table.fail("name", fmt::format("loss '{}' cannot be used with router '{}': {}", name, router.name, refusal));
   const Options options = table.options(loss_options(entry, router));
   const LossTerm term{entry.make(options, router), options.text("label"), options.real("coefficient"), scope_of_loss(options.text("scope"))};
@@ -116,10 +119,13 @@ LossTerm attach_paper_loss(const PaperLoss& paper, const RouterEntry& router) {
   return {entry.make(options, router), paper.name, paper.coefficient, LossScope::kStep};
 }
 
-std::vector<LossTerm> read_losses(const Table& root, const Options& moe, const RouterEntry& router) {
+std::vector<LossTerm> read_losses(const Table& root, const Options& moe, const RouterEntry& router, const RouterSpec& spec) {
   std::vector<LossTerm> terms;
-  for (const Table& table : root.array("loss")) {
-    terms.push_back(read_loss(table, router));
+  const std::vector<Table> tables = root.array("loss");
+  // Options may change what a router does, and only an instance knows.
+  const RouterFacts facts = tables.empty() ? router.facts : make_router(router.name, spec)->facts();
+  for (const Table& table : tables) {
+    terms.push_back(read_loss(table, router, facts));
     const auto same = [&](const LossTerm& other) { return other.label == terms.back().label; };
     if (std::count_if(terms.begin(), terms.end(), same) > 1)
       table.fail("name", fmt::format("two losses are labelled '{}'; give one of them another `label`", terms.back().label));
@@ -198,7 +204,7 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   settings.shared_width = shared.integer("width");
   settings.shared_gate = shared.flag("gate");
   settings.execution = options.text("execution") == "auto" ? Execution::kAuto : Execution::kReference;
-  settings.losses = read_losses(root, options, entry);
+  settings.losses = read_losses(root, options, entry, router);
   return settings;
 }
 

@@ -121,6 +121,9 @@ RandomKey RandomKey::with(std::string_view purpose, int64_t index) const {
   return {XXH3_64bits_withSeed(&index, sizeof index, named)};
 }
 
+// Steps by 2^64 divided by the golden ratio: no two passes share a key.
+RandomKey RandomKey::in_pass(int64_t passes) const { return {value + static_cast<uint64_t>(passes) * 0x9E3779B97F4A7C15u}; }
+
 RandomKey random_key(int64_t seed, std::string_view purpose) {
   return RandomKey{static_cast<uint64_t>(seed)}.with(purpose);
 }

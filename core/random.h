@@ -16,6 +16,10 @@ struct RandomKey {
 
   // The key of a sub-stream: key.with("layer", 3).with("noise", 0).
   RandomKey with(std::string_view purpose, int64_t index = 0) const;
+
+  // The key of a later pass of the same step, or with a negative count of an earlier one: k.in_pass(p).in_pass(-p) is k, so
+  // that a pass can draw what another pass drew.
+  RandomKey in_pass(int64_t passes) const;
 };
 
 RandomKey random_key(int64_t seed, std::string_view purpose);

@@ -39,6 +39,19 @@ const char* to_string(Mode mode) {
   return "?";
 }
 
+const char* to_string(InEvaluation what) {
+  switch (what) {
+    case InEvaluation::kAsInTraining: return "as in training";
+    case InEvaluation::kAllExperts: return "all experts";
+    case InEvaluation::kMergedExperts: return "merged experts";
+  }
+  return "?";
+}
+
+PlanForm RouterFacts::plan_in(Mode mode) const {
+  return mode != Mode::kTrain && in_evaluation == InEvaluation::kMergedExperts ? PlanForm::kMerge : plan;
+}
+
 Renormalise RouterSpec::renormalise() const {
   if (!options.declared("renormalise")) return Renormalise::kNone;
   const std::string& word = options.text("renormalise");

@@ -95,6 +95,10 @@ struct CorpusStatistics {
   Tensor token_counts_V;  // int64
 };
 
+// What evaluation does with the experts: as training does, all of them on every row, or one of averaged parameters.
+enum class InEvaluation { kAsInTraining, kAllExperts, kMergedExperts };
+const char* to_string(InEvaluation what);
+
 // Facts about the method, as data: generic code and tests branch on these, never on a name.
 struct RouterFacts {
   PlanForm plan = PlanForm::kSparse;
@@ -120,6 +124,9 @@ struct RouterFacts {
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
   bool distils = false;            // a second router learns its choices: RouteOutput::statistics has its scores, "distilled"
   bool time_ordered = false;       // where a row's decision depends on others, places included, none of them is later
+  InEvaluation in_evaluation = InEvaluation::kAsInTraining;
+
+  PlanForm plan_in(Mode mode) const;
 };
 
 // Noise as `[moe.noise]` asks for; routers resolve kPaper to their own.

@@ -49,7 +49,8 @@ Json facts_json(const RouterEntry& entry) {
           {"fixed_k", f.fixed_k},
           {"has_scores", f.has_scores},
           {"distils", f.distils},
-          {"time_ordered", f.time_ordered}};
+          {"time_ordered", f.time_ordered},
+          {"in_evaluation", to_string(f.in_evaluation)}};
 }
 
 Json facts_json(const ExpertEntry& entry) {
@@ -62,10 +63,10 @@ Json facts_json(const LossEntry& entry) {
   return {{"reduction", loss->reduces_by_sum() ? "sum" : "mean"}, {"pooled_over_layers", loss->pooled_over_layers()}};
 }
 
-Json facts_json(const ObjectiveEntry& entry) { return {{"passes", entry.make()->passes()}}; }
+Json facts_json(const ObjectiveEntry& entry) { return {{"passes", make_objective(entry.name)->passes()}}; }
 Json facts_json(const DatasetEntry& entry) { return {{"needs_preparation", static_cast<bool>(entry.prepare)}}; }
 
-// Entries differ in what they have: an objective cites nothing and has no options.
+// Entries differ in what they have: a data set, for one, cites nothing.
 template <class Entry>
 Json entry_json(const Entry& entry) {
   std::string citation;

@@ -96,7 +96,7 @@ Json mode_json(const Experiment& e, const Site& site, Mode mode) {
   const RouterSpec& spec = site.router->spec();
   const RouterFacts facts = site.router->facts();
   const CapacityPolicy& policy = spec.capacity(mode);
-  const int64_t k = choices_per_row(facts, spec), context = e.model->context();
+  const int64_t k = choices_per_row(facts, spec, mode), context = e.model->context();
   const Causality verdict = causality(facts, policy, mode, k);
   return {{"capacity_of_a_sequence", places_json(policy, context, spec, k)},
           {"capacity_of_a_micro_batch", places_json(policy, context * micro_batch(e), spec, k)},
@@ -105,7 +105,13 @@ Json mode_json(const Experiment& e, const Site& site, Mode mode) {
 }
 
 const char* scope_word(LossScope scope) {
-  return scope == LossScope::kMicro ? "micro" : scope == LossScope::kSequence ? "sequence" : "step";
+  switch (scope) {
+    case LossScope::kMicro: return "micro";
+    case LossScope::kSequence: return "sequence";
+    case LossScope::kStep: return "step";
+    case LossScope::kStepStreaming: return "step_streaming";
+  }
+  return "?";
 }
 
 Json loss_json(const LossTerm& term, const Router& router, int64_t k) {

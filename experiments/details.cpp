@@ -34,7 +34,7 @@ RouterSpec default_spec(const RouterEntry& entry) {
 }
 
 Json causality_row(const Router& router, const std::string& setting, const CapacityPolicy& policy, Mode mode) {
-  const Causality verdict = causality(router.facts(), policy, mode, choices_per_row(router.facts(), router.spec()));
+  const Causality verdict = causality(router.facts(), policy, mode, choices_per_row(router.facts(), router.spec(), mode));
   return {{"when", fmt::format("{}, {}", to_string(mode), setting)}, {"causal", verdict.causal}, {"reason", verdict.reason}};
 }
 
@@ -170,6 +170,8 @@ std::vector<std::string> router_facts_in_words(const Json& facts) {
   for (const Sentence& s : sentences)
     if (facts.at(s.fact) == s.value) words.push_back(s.text);
   if (facts.at("passes") != 1) words.push_back(fmt::format("{} forward passes per step", facts.at("passes").get<int64_t>()));
+  const std::string evaluation = facts.at("in_evaluation");
+  if (evaluation != to_string(InEvaluation::kAsInTraining)) words.push_back("evaluates with " + evaluation);
   if (facts.at("fixed_k") != 0) words.push_back(fmt::format("always {} per row", facts.at("fixed_k").get<int64_t>()));
   return words;
 }

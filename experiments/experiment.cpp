@@ -4,7 +4,6 @@
 #include "core/io/files.h"
 #include "core/memory.h"
 #include "experiments/plugins.h"
-#include "trainers/objective.h"
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
@@ -32,14 +31,6 @@ std::shared_ptr<Model> model_that_fits(const Experiment& e) {
   } catch (const c10::Error& error) {
     if (std::string(error.what()).find("allocate") == std::string::npos) throw;
     e.root.fail("model", "this model does not fit into memory; make [model] or [moe] smaller (`moelab check` tells the bytes)");
-  }
-}
-
-void refuse_unknown_objective(const Table& root, const std::string& name) {
-  try {
-    make_objective(name);
-  } catch (const Error& error) {
-    root.child("train").fail("objective", error.what());
   }
 }
 
@@ -79,7 +70,7 @@ Experiment load_experiment(const Table& root) {
   e.root = root;
   e.name = run_name(root);
   e.train = read_train_settings(root);
-  refuse_unknown_objective(root, e.train.objective);  // before data are read
+  read_objective(root, e.train);  // before data are read
   e.data = read_dataset(root, model_context(root));
   e.model = model_that_fits(e);
   refuse_missing_labels(root, *e.model, *e.data);

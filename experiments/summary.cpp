@@ -36,7 +36,7 @@ void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRec
 void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<TermReading>& values,
                 int64_t rows) {
   const Router& router = *site.router;
-  const int64_t k = std::max<int64_t>(1, choices_per_row(router.facts(), router.spec()));
+  const int64_t k = std::max<int64_t>(1, choices_per_row(router.facts(), router.spec(), Mode::kEval));
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
     const Landmarks marks = term.loss->landmarks_among(router.active_experts(), router.spec().max_experts, k);

@@ -21,6 +21,7 @@ KitCase capacity_case(const Subject& subject, std::mt19937_64& draw) {
       .rows = pick(draw, 0, 40), .sequences = pick(draw, 1, 4), .capacity = random_capacity(draw), .seed = pick(draw, 0, 999)};
   at.mode = pick(draw, 0, 1) == 0 ? Mode::kTrain : Mode::kEval;
   if (!decides_row_by_row(subject, at.mode)) at.mode = at.mode == Mode::kTrain ? Mode::kEval : Mode::kTrain;
+  if (subject.facts.plan_in(at.mode) != PlanForm::kSparse) at.mode = Mode::kTrain;
   return at;
 }
 

@@ -31,8 +31,11 @@ void check_draws_in(const Subject& subject, Mode mode, bool random) {
   const KitLayer layer = kit_layer(subject, at);
   const RouteInput one = kit_input(at);
   RouteInput other = one;
-  other.random = one.random.with("another step or seed");
-  const bool same = same_bits(layer.route(one).plan, layer.route(other).plan);
+  bool same = true;  // a router may draw one expert for all rows: two seeds often agree, sixteen hardly ever
+  for (int64_t seed = 0; seed < 16 && same; ++seed) {
+    other.random = one.random.with("another step or seed", seed);
+    same = same_bits(layer.route(one).plan, layer.route(other).plan);
+  }
   must(!random || !same, "it says that it draws here, but another seed gives the same plan", at);
   must(random || same, "it says that it does not draw here, but another seed gives another plan", at);
 }
@@ -70,6 +73,7 @@ void check_const_route(const Subject& subject) {
 // Recomputation: the recorded selection gives the same plan and counts, though nobody is asked to choose again.
 void check_replay(const Subject& subject) {
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
+    if (subject.facts.plan_in(mode) != PlanForm::kSparse) continue;
     const KitCase at = state_case(subject, mode);
     const KitLayer layer = kit_layer(subject, at);
     RouteInput in = kit_input(at);

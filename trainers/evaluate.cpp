@@ -44,7 +44,7 @@ struct EvalSums {
 
   void add_term(const TermKey& key, const std::vector<LossStatistics>& per_scope) {
     const LossTerm& term = term_at(sites, key);
-    if (term.scope == LossScope::kStep) return add_statistics(totals[key], per_scope.front(), 1);
+    if (!is_local(term)) return add_statistics(totals[key], per_scope.front(), 1);
     int64_t rows = 0;
     for (const LossStatistics& part : per_scope) rows += part.rows;
     const double value = local_value(term, per_scope, *sites[key.site]->router).item<double>();
@@ -86,7 +86,7 @@ struct EvalSums {
   }
 
   void take_shapes(const TermKey& key, const LossStatistics& shown) {
-    if (term_at(sites, key).scope != LossScope::kStep) locals[key] = {};
+    if (is_local(term_at(sites, key))) locals[key] = {};
     else for (const Tensor& sum : shown.sums) totals[key].sums.push_back(at::zeros_like(sum));
   }
 

@@ -20,7 +20,7 @@ const Registration<ObjectiveEntry> registration_task{{
     .name = "task",
     .title = "The task loss alone",
     .equation = "Σ −ln p(target) / target tokens of the step",
-    .make = [] { return std::make_unique<TaskObjective>(); },
+    .make = [](const Options&) { return std::make_unique<TaskObjective>(); },
 }};
 
 }  // namespace
@@ -29,8 +29,12 @@ template class Registry<ObjectiveEntry>;
 
 Objective::~Objective() = default;
 
+std::unique_ptr<Objective> make_objective(const std::string& name, const Options& options) {
+  return Registry<ObjectiveEntry>::instance().find(name).make(options);
+}
+
 std::unique_ptr<Objective> make_objective(const std::string& name) {
-  return Registry<ObjectiveEntry>::instance().find(name).make();
+  return make_objective(name, Options(Registry<ObjectiveEntry>::instance().find(name).options));
 }
 
 }  // namespace moelab

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/model/model.h"
+#include "core/params.h"
 #include "core/registry.h"
 
 #include <functional>
@@ -32,11 +33,14 @@ class Objective {
 struct ObjectiveEntry {
   std::string name;
   std::string title;
-  std::string equation;
-  std::function<std::unique_ptr<Objective>()> make;
+  std::string citation = {};
+  std::string equation = {};
+  OptionSpecs options = {};  // of `[objective]`, beside its name
+  std::function<std::unique_ptr<Objective>(const Options&)> make;
   std::source_location where = std::source_location::current();
 };
 
-std::unique_ptr<Objective> make_objective(const std::string& name);
+std::unique_ptr<Objective> make_objective(const std::string& name, const Options& options);
+std::unique_ptr<Objective> make_objective(const std::string& name);  // with its defaults
 
 }  // namespace moelab

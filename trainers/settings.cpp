@@ -1,9 +1,11 @@
 #include "trainers/settings.h"
 
 #include "core/error.h"
+#include "trainers/objective.h"
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -30,6 +32,27 @@ OptimizerSettings read_optimizer(const Table& table) {
           o.real("weight_decay"), o.real("router_lr_scale"), o.text("unused_experts") == "skip"};
 }
 
+OptionSpecs objective_options(const std::string& name, const OptionSpecs& own) {
+  OptionSpecs specs{option("name", name.c_str(), "what one step computes")};
+  specs.insert(specs.end(), own.begin(), own.end());
+  return specs;
+}
+
+// 0 where the decay begins, 1 where it is over.
+double decay_progress(const ScheduleSettings& schedule, int64_t step, int64_t total_steps) {
+  int64_t first = schedule.warmup_steps;
+  if (schedule.decay == "wsd")
+    first = std::max<int64_t>(first, total_steps - std::llround(schedule.decay_fraction * static_cast<double>(total_steps)));
+  const auto span = static_cast<double>(std::max<int64_t>(1, total_steps - first));
+  return std::clamp(static_cast<double>(step - first) / span, 0.0, 1.0);
+}
+
+// Of the way down: 1 at the peak, 0 at the end.
+double share_left(const ScheduleSettings& schedule, double progress) {
+  if (schedule.decay == "cosine") return 0.5 * (1 + std::cos(std::numbers::pi * progress));
+  return 1 - (schedule.decay == "wsd" && schedule.decay_shape == "sqrt" ? std::sqrt(progress) : progress);
+}
+
 }  // namespace
 
 OptionSpec plugins_option() {
@@ -46,7 +69,7 @@ OptionSpecs train_options() {
       option("clip_norm", 1.0, "largest gradient norm; 0 = no clipping").at_least(0),
       option("log_every", 10, "steps per line of metrics.jsonl").at_least(1),
       option("threads", 0, "CPU threads; 0 = the library's choice").at_least(0),
-      option("objective", "task", "what one step computes"),
+      option("objective", "task", "what one step computes; [objective] names it too, and sets its options"),
       option("allow_noncausal_training", false, "train a causal model with a router that looks ahead; its loss is labelled so"),
   };
 }
@@ -69,8 +92,12 @@ OptionSpecs optimizer_options() {
 OptionSpecs schedule_options() {
   return {
       option("warmup_steps", 0, "steps of linear warm-up").at_least(0),
-      option("decay", "cosine", "what follows the warm-up").one_of({"cosine", "constant"}),
-      option("final_fraction", 0.1, "where the cosine ends, as a fraction of lr").between(0, 1),
+      option("decay", "cosine", "what follows the warm-up; wsd: constant, then down at the end")
+          .one_of({"cosine", "linear", "wsd", "constant"}),
+      option("final_fraction", 0.1, "where the decay ends, as a fraction of lr").between(0, 1),
+      option("decay_fraction", 0.1, "wsd: the last part of all steps, over which lr falls").between(0, 1),
+      option("decay_shape", "linear", "wsd: lr falls with the share p of the decay that is over, or with its root")
+          .one_of({"linear", "sqrt"}),
   };
 }
 
@@ -114,7 +141,8 @@ TrainSettings read_train_settings(const Table& root) {
   s.checkpoint_every = checkpoint.integer("every");
   s.keep_last = checkpoint.integer("keep_last");
   s.optimizer = read_optimizer(root.child("optimizer"));
-  s.schedule = {schedule.integer("warmup_steps"), schedule.text("decay"), schedule.real("final_fraction")};
+  s.schedule = {schedule.integer("warmup_steps"), schedule.text("decay"), schedule.real("final_fraction"),
+                schedule.real("decay_fraction"), schedule.text("decay_shape")};
   if (s.batch % s.micro_batches != 0)
     table.fail("micro_batches", fmt::format("batch = {} cannot be split into {} equal micro-batches", s.batch, s.micro_batches));
   return s;
@@ -140,17 +168,29 @@ std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context) 
 }
 
 void check_top_level(const Table& root) {
-  root.options(top_level_options(), {"extends", "model", "moe", "layer", "loss", "data", "train", "optimizer", "schedule", "eval",
-                                     "checkpoint", "route"});
+  root.options(top_level_options(), {"extends", "model", "moe", "layer", "loss", "data", "train", "objective", "optimizer", "schedule",
+                                     "eval", "checkpoint", "route"});
+}
+
+void read_objective(const Table& root, TrainSettings& settings) {
+  const Table table = root.child("objective"), train = root.child("train");
+  settings.objective = table.options(objective_options(settings.objective, {}), table.keys()).text("name");
+  if (table.has("name") && train.has("objective") && settings.objective != train.options(train_options()).text("objective"))
+    table.fail("name", "[train] objective names another one; say it in one place");
+  try {
+    const ObjectiveEntry& entry = Registry<ObjectiveEntry>::instance().find(settings.objective);
+    settings.objective_options = table.options(objective_options(settings.objective, entry.options));
+  } catch (const Error& error) {
+    if (Registry<ObjectiveEntry>::instance().contains(settings.objective)) throw;
+    table.has("name") ? table.fail("name", error.what()) : train.fail("objective", error.what());
+  }
 }
 
 double learning_rate(double peak, const ScheduleSettings& schedule, int64_t step, int64_t total_steps) {
   if (step < schedule.warmup_steps) return peak * static_cast<double>(step + 1) / static_cast<double>(schedule.warmup_steps);
   if (schedule.decay == "constant") return peak;
-  const auto span = static_cast<double>(std::max<int64_t>(1, total_steps - schedule.warmup_steps));
-  const double progress = static_cast<double>(step - schedule.warmup_steps) / span;
-  const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, progress)));
-  return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine);
+  const double left = share_left(schedule, decay_progress(schedule, step, total_steps));
+  return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * left);
 }
 
 }  // namespace moelab

@@ -1,4 +1,5 @@
-// What `[train]`, `[optimizer]`, `[schedule]`, `[eval]`, `[checkpoint]` and `[data]` say. Options are declared once, here.
+// What `[train]`, `[objective]`, `[optimizer]`, `[schedule]`, `[eval]`, `[checkpoint]` and `[data]` say. Options are declared once,
+// here.
 #pragma once
 
 #include "core/config.h"
@@ -19,6 +20,8 @@ struct ScheduleSettings {
   int64_t warmup_steps = 0;
   std::string decay = "cosine";
   double final_fraction = 0.1;
+  double decay_fraction = 0.1;       // wsd only
+  std::string decay_shape = "linear";
 };
 
 struct TrainSettings {
@@ -37,6 +40,7 @@ struct TrainSettings {
   int64_t keep_last = 2;
   int64_t threads = 0;          // 0 = the library's choice
   std::string objective = "task";
+  Options objective_options;    // declared by the objective's entry
   bool allow_noncausal_training = false;
   OptimizerSettings optimizer;
   ScheduleSettings schedule;
@@ -52,13 +56,17 @@ OptionSpecs checkpoint_options();
 
 TrainSettings read_train_settings(const Table& root);
 
+// `[objective] name` with its own options, or `[train] objective`. After plugins are loaded: one of them may bring it.
+void read_objective(const Table& root, TrainSettings& settings);
+
 // `[data] name` and its own options; `context` is the model's.
 std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context);
 
 // Refuses tables that no reader knows.
 void check_top_level(const Table& root);
 
-// Learning rate of a step (counted from 0): linear warm-up, then constant, or a cosine down to final_fraction.
+// Learning rate of a step (counted from 0): linear warm-up, then constant, or a cosine or a line down to final_fraction; `wsd`
+// stays at the peak and falls over the last decay_fraction of all steps.
 double learning_rate(double peak, const ScheduleSettings& schedule, int64_t step, int64_t total_steps);
 
 }  // namespace moelab

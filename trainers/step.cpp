@@ -15,11 +15,12 @@
 namespace moelab {
 namespace {
 
-// Adds the sums of every step-scope term of one forward pass; `share` is 1 / passes.
-void add_totals(TermTotals& totals, const std::vector<Site*>& sites, const ModelOutput& out, double share) {
+// Adds the sums of every term of this scope of one forward pass; `share` is 1 / passes.
+void add_totals(TermTotals& totals, const std::vector<Site*>& sites, const ModelOutput& out, double share,
+                LossScope scope = LossScope::kStep) {
   for (size_t s = 0; s < out.sites.size(); ++s)
     for (const TermStatistics& found : out.sites[s].statistics)
-      if (sites[s]->losses[found.term].scope == LossScope::kStep)
+      if (sites[s]->losses[found.term].scope == scope)
         add_statistics(totals[{s, found.term}], found.per_scope.front(), share);
 }
 
@@ -28,6 +29,19 @@ void all_reduce_totals(TermTotals& totals, int64_t passes, Comm& comm) {
     total.rows /= passes;
     all_reduce(total, comm);
   }
+}
+
+// Adds `more` to a total and returns what the whole step is expected to hold: the sums so far, stretched to all its rows.
+LossStatistics streamed_total(LossStatistics& total, const LossStatistics& more, int64_t step_rows) {
+  if (total.sums.empty()) total = {std::vector<Tensor>(more.sums.size()), 0};
+  total.rows += more.rows;
+  LossStatistics expected{{}, step_rows};
+  const double stretch = static_cast<double>(step_rows) / static_cast<double>(std::max<int64_t>(1, total.rows));
+  for (size_t i = 0; i < more.sums.size(); ++i) {
+    total.sums[i] = total.sums[i].defined() ? total.sums[i].add(more.sums[i]) : more.sums[i];
+    expected.sums.push_back(total.sums[i].mul(stretch));
+  }
+  return expected;
 }
 
 class Step {
@@ -99,6 +113,7 @@ class Step {
       for (const ModelOutput& pass : out.passes) add_totals(totals_, sites_, pass, share());
       if (micro_batches_.size() == 1) finish_totals();
     }
+    stream(out.passes);
     Tensor loss = out.loss_sum.div(static_cast<double>(std::max<int64_t>(1, result_.target_tokens)));
     for (const ModelOutput& pass : out.passes) loss = add_terms(loss, pass);
     task_sum_ += out.task_sum;
@@ -108,6 +123,17 @@ class Step {
     if (loss.requires_grad()) loss.backward();
   }
 
+  // Scope "step_streaming": the gradient of this micro-batch refers to what all ranks have shown of the step so far.
+  void stream(const std::vector<ModelOutput>& passes) {
+    TermTotals fresh;
+    for (const ModelOutput& pass : passes) add_totals(fresh, sites_, pass, share(), LossScope::kStepStreaming);
+    all_reduce_totals(fresh, objective_.passes(), *context_.comm);
+    for (const auto& [key, more] : fresh) {
+      const LossStatistics expected = streamed_total(streamed_[key], more, rows_);
+      gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, expected, *sites_[key.site]->router);
+    }
+  }
+
   // Adds this pass's part of every routing loss to the loss of its micro-batch.
   Tensor add_terms(Tensor loss, const ModelOutput& pass) {
     for (size_t s = 0; s < pass.sites.size(); ++s) {
@@ -115,7 +141,7 @@ class Step {
         const TermKey key{s, found.term};
         const LossTerm& term = term_at(sites_, key);
         const double scale = term.coefficient * share() * sum_scale(*term.loss, result_.target_tokens);
-        if (term.scope == LossScope::kStep) {
+        if (!is_local(term)) {
           if (scale != 0) loss = loss.add(inner_product(gradients_.at(key), found.per_scope.front()), scale);
         } else {
           loss = add_local_term(loss, key, found, scale);
@@ -160,6 +186,7 @@ class Step {
   void reduce_results() {
     Comm& comm = *context_.comm;
     if (!swept_) finish_totals();  // every coefficient is 0, so no gradient waited for them: only to be reported
+    totals_.merge(streamed_);  // complete now
     if (comm.rank() == 0) backward_of_router_reads();
     const at::NoGradGuard no_grad;
     for (const NamedTensor& parameter : model_.trainable()) reduce_gradient(parameter.tensor, comm);
@@ -198,7 +225,7 @@ class Step {
         TermReading& reading = result_.terms[s][t];
         const auto total = totals_.find({s, t});
         if (total != totals_.end()) reading.value = term.loss->value(total->second, router_of({s, t})).item<double>();
-        else if (term.scope != LossScope::kStep) reading.value = reduced(reading.value, comm);
+        else if (is_local(term)) reading.value = reduced(reading.value, comm);
         reading.weighted = reading.value * term.coefficient * sum_scale(*term.loss, result_.target_tokens);
         if (is_pool_head(sites_, {s, t})) result_.total_loss += reading.weighted;
       }
@@ -223,6 +250,7 @@ class Step {
   std::vector<Site*> sites_;
   StepResult result_;
   TermTotals totals_;
+  TermTotals streamed_;  // over all ranks, of the micro-batches so far
   std::map<TermKey, std::vector<Tensor>> gradients_;
   bool swept_ = false;
   int64_t rows_ = 0;

@@ -8,6 +8,8 @@
 
 namespace moelab {
 
+bool is_local(const LossTerm& term) { return term.scope == LossScope::kMicro || term.scope == LossScope::kSequence; }
+
 const LossTerm& term_at(const std::vector<Site*>& sites, const TermKey& key) { return sites[key.site]->losses[key.term]; }
 
 void add_statistics(LossStatistics& total, const LossStatistics& part, double share) {

@@ -23,6 +23,9 @@ struct TermKey {
 
 using TermTotals = std::map<TermKey, LossStatistics>;
 
+// Formed from the micro-batch at hand alone.
+bool is_local(const LossTerm& term);
+
 const LossTerm& term_at(const std::vector<Site*>& sites, const TermKey& key);
 
 // total += share · part, without gradient; a total without sums takes the part's shapes. Rows are not shared.

@@ -83,7 +83,8 @@ Trainer::Trainer(const TrainSettings& settings, std::shared_ptr<Model> model, st
                  std::shared_ptr<Comm> comm, std::string checkpoint_root, std::vector<Observer*> observers)
     : settings_(settings), model_(std::move(model)), data_(std::move(data)), comm_(std::move(comm)),
       checkpoint_root_(std::move(checkpoint_root)), observers_(std::move(observers)),
-      objective_(make_objective(settings.objective)), optimizer_(settings.optimizer, model_->parameters()),
+      objective_(make_objective(settings.objective, settings.objective_options)),
+      optimizer_(settings.optimizer, model_->parameters()),
       window_(model_->sites()), last_window_(window_) {}
 
 Outcome Trainer::run() {

@@ -79,8 +79,10 @@ Landmarks VariationLoss::landmarks_among(int64_t active, int64_t experts, int64_
 }
 
 std::string refuses_without_choices(const RouterFacts& facts) {
-  if (facts.plan == PlanForm::kSparse) return "";
-  return fmt::format("it counts which experts rows chose, and a {} plan chooses none", to_string(facts.plan));
+  for (const Mode mode : {Mode::kTrain, Mode::kEval})
+    if (const PlanForm form = facts.plan_in(mode); form != PlanForm::kSparse)
+      return fmt::format("it counts which experts rows chose, and a {} plan chooses none", to_string(form));
+  return "";
 }
 
 std::string refuses_without_scores(const RouterFacts& facts) {

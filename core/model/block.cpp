@@ -36,8 +36,9 @@ double mean_flops_per_row(const ExpertBank& bank) {
 
 }  // namespace
 
-int64_t choices_per_row(const RouterFacts& facts, const RouterSpec& spec) {
-  if (facts.plan != PlanForm::kSparse || facts.variable_k) return 0;
+int64_t choices_per_row(const RouterFacts& facts, const RouterSpec& spec, Mode mode) {
+  if (facts.plan_in(mode) != PlanForm::kSparse || facts.variable_k) return 0;
+  if (mode != Mode::kTrain && facts.in_evaluation == InEvaluation::kAllExperts) return spec.experts;
   return facts.fixed_k == 0 && spec.options.declared("k") ? spec.k() : facts.fixed_k;
 }
 

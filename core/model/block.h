@@ -61,6 +61,6 @@ class Block : public Module {
 };
 
 // Choices per row where every row makes the same number, 0 where it varies or the plan is not sparse.
-int64_t choices_per_row(const RouterFacts& facts, const RouterSpec& spec);
+int64_t choices_per_row(const RouterFacts& facts, const RouterSpec& spec, Mode mode = Mode::kTrain);
 
 }  // namespace moelab

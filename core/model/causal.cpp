@@ -16,7 +16,7 @@ struct LookAhead {
 };
 
 LookAhead look_ahead(const LayerSettings& layer, const RouterFacts& facts, Mode mode) {
-  const int64_t k = choices_per_row(facts, layer.router_spec);
+  const int64_t k = choices_per_row(facts, layer.router_spec, mode);
   const Causality verdict = causality(facts, layer.router_spec.capacity(mode), mode, k);
   if (verdict.causal) return {};
   return {!causality(facts, CapacityPolicy{}, mode, k).causal, verdict.reason};

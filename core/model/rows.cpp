@@ -69,8 +69,8 @@ RouteInput BatchRows::route_input(const StepContext& context) const {
 
 RandomKey layer_key(const StepContext& context, int64_t layer) {
   const bool training = context.mode == Mode::kTrain;
-  const RandomKey key = random_key(context.seed, training ? "train" : "eval").with("layer", layer).with("pass", context.pass);
-  return training ? key.with("step", context.step) : key;
+  const RandomKey key = random_key(context.seed, training ? "train" : "eval").with("layer", layer).with("pass");
+  return (training ? key.with("step", context.step) : key).in_pass(context.pass);
 }
 
 }  // namespace moelab

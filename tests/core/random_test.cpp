@@ -271,3 +271,14 @@ TEST_CASE("rows that are named badly are refused") {
   CHECK_THROWS_AS(uniform_rows(key, good, good, -1, at::kFloat), Error);
   CHECK_THROWS_AS(uniform_rows(key, good, good + (int64_t{1} << 31), 1, at::kFloat), Error);
 }
+
+TEST_CASE("passes of a step have keys of their own, and each finds back to the first") {
+  const RandomKey first = random_key(13, "passes");
+  CHECK(first.in_pass(0).value == first.value);
+  std::set<uint64_t> keys;
+  for (int64_t pass = 0; pass < 8; ++pass) {
+    keys.insert(first.in_pass(pass).value);
+    CHECK(first.in_pass(pass).in_pass(-pass).value == first.value);
+  }
+  CHECK(keys.size() == 8);
+}

@@ -58,7 +58,7 @@ class TwoPassObjective : public Objective {
 };
 
 const Registration<ObjectiveEntry> two_pass_registration{
-    {.name = "two_pass_probe", .title = "", .equation = "", .make = [] { return std::make_unique<TwoPassObjective>(); }}};
+    {.name = "two_pass_probe", .title = "", .equation = "", .make = [](const Options&) { return std::make_unique<TwoPassObjective>(); }}};
 
 // The same by hand over the whole batch: CV² of the gates' sums, averaged over the passes before it is formed.
 struct TwoPassByHand {

@@ -216,8 +216,8 @@ class BrokenObjective : public Objective {
   bool loss_;
 };
 
-const Registration<ObjectiveEntry> broken_loss{{.name = "broken_loss", .title = "", .equation = "", .make = [] { return std::make_unique<BrokenObjective>(true); }}};
-const Registration<ObjectiveEntry> broken_gradient{{.name = "broken_gradient", .title = "", .equation = "", .make = [] { return std::make_unique<BrokenObjective>(false); }}};
+const Registration<ObjectiveEntry> broken_loss{{.name = "broken_loss", .title = "", .equation = "", .make = [](const Options&) { return std::make_unique<BrokenObjective>(true); }}};
+const Registration<ObjectiveEntry> broken_gradient{{.name = "broken_gradient", .title = "", .equation = "", .make = [](const Options&) { return std::make_unique<BrokenObjective>(false); }}};
 
 // The message of the divergence that this run ends with; the state must be that of the last whole step.
 std::string divergence_of(Trainer& trainer) {
