@@ -10,14 +10,15 @@
 namespace moelab {
 namespace {
 
-constexpr int64_t kNobody = -1;
+constexpr int64_t kNoExpert = -1;
 
-struct Partial {
+struct PartialAssignment {
   std::vector<int64_t> expert_T;
   std::vector<int64_t> room_E;
 
-  Partial(int64_t rows, const ExpertLoads& loads) : expert_T(static_cast<size_t>(rows), kNobody), room_E(loads.load_E) {}
-  bool free(int64_t t) const { return expert_T[static_cast<size_t>(t)] == kNobody; }
+  PartialAssignment(int64_t rows, const ExpertLoads& loads)
+      : expert_T(static_cast<size_t>(rows), kNoExpert), room_E(loads.load_E) {}
+  bool free(int64_t t) const { return expert_T[static_cast<size_t>(t)] == kNoExpert; }
   void put(int64_t t, size_t e) {
     expert_T[static_cast<size_t>(t)] = static_cast<int64_t>(e);
     --room_E[e];
@@ -25,7 +26,7 @@ struct Partial {
 };
 
 // Rows without an expert go, best pair first, to experts with room.
-void complete_greedily(const GridScores& scores, Partial& partial) {
+void complete_greedily(const GridScores& scores, PartialAssignment& partial) {
   std::vector<std::tuple<int32_t, int64_t, size_t>> pairs;  // loss against the row's best, row, expert
   for (int64_t t = 0; t < scores.rows; ++t)
     for (size_t e = 0; partial.free(t) && e < partial.room_E.size(); ++e)
@@ -52,7 +53,7 @@ std::vector<int64_t> largest_of(const std::vector<double>& values, int64_t count
 class RowAuction {
  public:
   RowAuction(const GridScores& scores, const ExpertLoads& loads)
-      : scores_(scores), loads_(loads), cost_T_(scores.max_T.size(), 0), owner_T_(cost_T_.size(), kNobody),
+      : scores_(scores), loads_(loads), cost_T_(scores.max_T.size(), 0), owner_T_(cost_T_.size(), kNoExpert),
         score_ET_(static_cast<size_t>(scores.experts), std::vector<double>(cost_T_.size())), worth_E_(score_ET_.size(), 0) {
     double least = std::numeric_limits<double>::infinity(), most = -least;
     for (size_t e = 0; e < score_ET_.size(); ++e)
@@ -67,11 +68,11 @@ class RowAuction {
   // Every expert bids once; true = every row has a bidder.
   bool round() {
     std::vector<double> bid_T(cost_T_.size(), 0);
-    std::vector<int64_t> bidder_T(cost_T_.size(), kNobody);
+    std::vector<int64_t> bidder_T(cost_T_.size(), kNoExpert);
     for (size_t e = 0; e < score_ET_.size(); ++e) bid_for_rows(e, bid_T, bidder_T);
     for (size_t t = 0; t < cost_T_.size(); ++t) cost_T_[t] += bid_T[t];
     owner_T_ = std::move(bidder_T);
-    return std::count(owner_T_.begin(), owner_T_.end(), kNobody) == 0;
+    return std::count(owner_T_.begin(), owner_T_.end(), kNoExpert) == 0;
   }
 
   const std::vector<int64_t>& owner_T() const { return owner_T_; }
@@ -111,7 +112,10 @@ void sinkhorn_pass(const GridScores& scores, const ExpertLoads& loads, double te
   std::vector<double> expected_E(price_E.size(), 0), weight_E(price_E.size());
   for (int64_t t = 0; t < scores.rows; ++t) {
     double most = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (size_t e = 0; e < price_E.size(); ++e) most = std::max(most, weight_E[e] = (scores.row(t)[e] - price_E[e]) / temperature);
+    for (size_t e = 0; e < price_E.size(); ++e) {
+      weight_E[e] = (scores.row(t)[e] - price_E[e]) / temperature;
+      most = std::max(most, weight_E[e]);
+    }
     for (double& weight : weight_E) sum += weight = std::exp(weight - most);
     for (size_t e = 0; e < price_E.size(); ++e) expected_E[e] += weight_E[e] / sum;
   }
@@ -121,7 +125,7 @@ void sinkhorn_pass(const GridScores& scores, const ExpertLoads& loads, double te
 }
 
 // Every expert keeps, of the rows that like it best at these prices, those that would lose most elsewhere.
-void keep_best(const GridScores& scores, const std::vector<double>& price_E, Partial& partial) {
+void keep_best(const GridScores& scores, const std::vector<double>& price_E, PartialAssignment& partial) {
   std::vector<std::vector<std::pair<double, int64_t>>> wish_E(price_E.size());  // minus what the row would lose, row
   for (int64_t t = 0; t < scores.rows; ++t) {
     size_t first = 0;
@@ -147,9 +151,11 @@ BalancedAssignment assign_by_auction(const GridScores& scores, const ExpertLoads
   const ExpertLoads loads = settled_loads(scores, wanted);
   RowAuction auction(scores, loads);
   for (int round = 0; round < kMostRounds && !auction.round(); ++round) {}
-  Partial partial(scores.rows, loads);
-  for (int64_t t = 0; t < scores.rows; ++t)
-    if (const int64_t owner = auction.owner_T()[static_cast<size_t>(t)]; owner != kNobody) partial.put(t, static_cast<size_t>(owner));
+  PartialAssignment partial(scores.rows, loads);
+  for (int64_t t = 0; t < scores.rows; ++t) {
+    const int64_t owner = auction.owner_T()[static_cast<size_t>(t)];
+    if (owner != kNoExpert) partial.put(t, static_cast<size_t>(owner));
+  }
   complete_greedily(scores, partial);
   return certified(scores, wanted, grid_prices(scores, auction.worth_E()), std::move(partial.expert_T));
 }
@@ -161,7 +167,7 @@ BalancedAssignment assign_by_sinkhorn(const GridScores& scores, const ExpertLoad
   std::vector<double> price_E(static_cast<size_t>(scores.experts), 0);
   for (int pass = 0; pass < kPasses; ++pass)
     sinkhorn_pass(scores, loads, typical * std::pow(temperature, pass / (kPasses - 1.0)), price_E);
-  Partial partial(scores.rows, loads);
+  PartialAssignment partial(scores.rows, loads);
   keep_best(scores, price_E, partial);
   complete_greedily(scores, partial);
   for (double& price : price_E) price *= scores.step;
@@ -170,7 +176,7 @@ BalancedAssignment assign_by_sinkhorn(const GridScores& scores, const ExpertLoad
 
 BalancedAssignment assign_greedily(const GridScores& scores, const ExpertLoads& wanted, std::span<const double> price_E) {
   const ExpertLoads loads = settled_loads(scores, wanted);
-  Partial partial(scores.rows, loads);
+  PartialAssignment partial(scores.rows, loads);
   for (size_t e = 0; e < loads.load_E.size(); ++e) {
     std::vector<double> score_T(scores.max_T.size(), -std::numeric_limits<double>::infinity());
     for (int64_t t = 0; t < scores.rows; ++t)

@@ -18,19 +18,19 @@ constexpr double kPriceLimit = 0x1p44;  // times 2^9 of headroom, every sum belo
 // More than any other price in a narrow search. A row's best score is 0, so its best value is above -kPadding.
 constexpr int32_t kPadding = int32_t{1} << 30;
 
-struct Spread {
+struct RowSpread {
   double largest = 0;  // largest minus smallest score of a row
   double sum = 0;
   std::vector<double> max_T;
 };
 
 template <class Score>
-using Lanes __attribute__((vector_size(kLanes * sizeof(Score)))) = Score;
+using ScoreLanes __attribute__((vector_size(kLanes * sizeof(Score)))) = Score;
 
 // Calls use(e, scores e … e+kLanes-1 of a row); columns beyond the last repeat `fill`.
 template <class Score, class Use>
 inline void each_lanes(const Score* row, int64_t experts, Score fill, Use use) {
-  Lanes<Score> lanes;
+  ScoreLanes<Score> lanes;
   int64_t e = 0;
   for (; e + kLanes <= experts; e += kLanes) {
     std::memcpy(&lanes, row + e, sizeof lanes);
@@ -42,12 +42,12 @@ inline void each_lanes(const Score* row, int64_t experts, Score fill, Use use) {
 }
 
 template <class Score>
-Spread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
-  Spread spread{0, 0, std::vector<double>(static_cast<size_t>(rows))};
+RowSpread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
+  RowSpread spread{0, 0, std::vector<double>(static_cast<size_t>(rows))};
   for (int64_t t = 0; t < rows; ++t) {
     const Score* row = scores.data() + t * experts;
-    Lanes<Score> high = Lanes<Score>{} + row[0], low = high;
-    each_lanes(row, experts, row[0], [&](int64_t, const Lanes<Score>& lanes) {
+    ScoreLanes<Score> high = ScoreLanes<Score>{} + row[0], low = high;
+    each_lanes(row, experts, row[0], [&](int64_t, const ScoreLanes<Score>& lanes) {
       high = high < lanes ? lanes : high;
       low = lanes < low ? lanes : low;
     });
@@ -65,8 +65,8 @@ Spread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
 template <class Score>
 void round_row(const Score* row, int64_t experts, double max, double per_step, int32_t* to) {
   constexpr double kNoFraction = 0x1.8p52;
-  each_lanes(row, experts, static_cast<Score>(max), [&](int64_t e, const Lanes<Score>& lanes) {
-    const Lanes<double> steps = (__builtin_convertvector(lanes, Lanes<double>) - max) * per_step;
+  each_lanes(row, experts, static_cast<Score>(max), [&](int64_t e, const ScoreLanes<Score>& lanes) {
+    const ScoreLanes<double> steps = (__builtin_convertvector(lanes, ScoreLanes<double>) - max) * per_step;
     const Int4 rounded = __builtin_convertvector((steps + kNoFraction) - kNoFraction, Int4);
     std::memcpy(to + e, &rounded, sizeof rounded);
   });
@@ -75,7 +75,7 @@ void round_row(const Score* row, int64_t experts, double max, double per_step, i
 template <class Score>
 GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t experts) {
   check_invariant(experts > 0 && static_cast<int64_t>(scores.size()) == rows * experts, "scores are not [rows, experts]");
-  Spread spread = spread_of(scores, rows, experts);
+  RowSpread spread = spread_of(scores, rows, experts);
   check_invariant(std::isfinite(spread.largest), "scores of an assignment are finite");
   GridScores grid{rows, experts, (experts + kLanes - 1) / kLanes * kLanes, nullptr, 1, std::move(spread.max_T), 0};
   if (spread.largest > 0) grid.step = std::exp2(std::ceil(std::log2(spread.largest)) - kGridBits);
@@ -88,7 +88,7 @@ GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t expert
   return grid;
 }
 
-uint64_t hash_of(const int32_t* row, int64_t stride) {
+uint64_t hash_of_row(const int32_t* row, int64_t stride) {
   uint64_t lane[2] = {0x9e3779b97f4a7c15u, 0xc2b2ae3d27d4eb4fu};
   for (int64_t e = 0; e < stride; e += kLanes) {
     uint64_t pair[2];
@@ -116,8 +116,13 @@ double sum_of_maxima(const GridScores& scores) { return std::accumulate(scores.m
 
 }  // namespace
 
-GridScores grid_scores(std::span<const float> scores, int64_t rows, int64_t experts) { return make_grid(scores, rows, experts); }
-GridScores grid_scores(std::span<const double> scores, int64_t rows, int64_t experts) { return make_grid(scores, rows, experts); }
+GridScores grid_scores(std::span<const float> scores, int64_t rows, int64_t experts) {
+  return make_grid(scores, rows, experts);
+}
+
+GridScores grid_scores(std::span<const double> scores, int64_t rows, int64_t experts) {
+  return make_grid(scores, rows, experts);
+}
 
 ExpertLoads expert_loads(int64_t rows, int64_t experts, ExtraSlots extra, int64_t rotation) {
   ExpertLoads loads{std::vector<int64_t>(static_cast<size_t>(experts), rows / experts), rows % experts};
@@ -137,7 +142,7 @@ RowGroups group_equal_rows(const GridScores& scores) {
   std::vector<uint64_t> hash_G;
   const size_t bytes = static_cast<size_t>(scores.stride) * sizeof(int32_t);
   for (int64_t t = 0; t < scores.rows; ++t) {
-    const uint64_t hash = hash_of(scores.row(t), scores.stride);
+    const uint64_t hash = hash_of_row(scores.row(t), scores.stride);
     size_t at = hash & (places - 1);
     const auto same = [&](int32_t g) {
       const auto i = static_cast<size_t>(g);

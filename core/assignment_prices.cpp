@@ -13,23 +13,23 @@
 namespace moelab {
 namespace {
 
-constexpr float kNever = std::numeric_limits<float>::infinity();
+constexpr float kOutOfReach = std::numeric_limits<float>::infinity();
 
 // Coarse increments find the level of the prices, and a sample of the rows is enough for that.
-struct Phase {
+struct AuctionPhase {
   double increment;  // in standard deviations, about
   int64_t stride;
 };
-constexpr std::array<Phase, 5> kPhases{{{1, 16}, {0.2, 16}, {0.04, 4}, {0.008, 1}, {0.001, 1}}};
+constexpr std::array<AuctionPhase, 5> kAuctionPhases{{{1, 16}, {0.2, 16}, {0.04, 4}, {0.008, 1}, {0.001, 1}}};
 
 struct TopTwo {
   int32_t expert = 0;
-  float best = -kNever;
-  float second = -kNever;
+  float best = -kOutOfReach;
+  float second = -kOutOfReach;
 };
 
 TopTwo top_two(const int32_t* row, const std::vector<float>& price) {
-  Float4 best = Float4{} - kNever, second = best;
+  Float4 best = Float4{} - kOutOfReach, second = best;
   Int4 at = {0, 1, 2, 3}, index = at;
   for (size_t e = 0; e < price.size(); e += kLanes) {
     const Float4 value = __builtin_convertvector(load_vector<Int4>(row + e), Float4) - load_vector<Float4>(price.data() + e);
@@ -60,7 +60,7 @@ class PriceAuction {
  public:
   PriceAuction(const GridScores& scores, const RowGroups& groups, const ExpertLoads& loads, const GridPrices& price_E)
       : scores_(scores), groups_(groups), loads_(loads), price_(price_E.begin(), price_E.end()) {
-    price_.resize(static_cast<size_t>(scores.stride), kNever);
+    price_.resize(static_cast<size_t>(scores.stride), kOutOfReach);
     held_E_.resize(price_E.size());
     kept_E_.resize(price_E.size());
   }
@@ -151,11 +151,11 @@ int64_t improve_prices(const GridScores& scores, const RowGroups& groups, const 
   // Increments below what a float of the size of the scores can tell apart would never raise a price.
   const double typical = scores.mean_spread / 4.5, finest = 0x1p29 * 0x1p-21;
   const int64_t most_bids = 64 + 8 * groups.count(), widest = std::max<int64_t>(1, scores.rows / (4 * scores.experts));
-  const auto finished = [&](const Phase& phase) {
+  const auto finished = [&](const AuctionPhase& phase) {
     const double increment = std::max(typical * phase.increment, finest);
     return auction.run(static_cast<float>(increment), most_bids, std::min(phase.stride, widest));
   };
-  if (!warm || !finished(kPhases.back())) (void)std::all_of(kPhases.begin(), kPhases.end(), finished);
+  if (!warm || !finished(kAuctionPhases.back())) (void)std::all_of(kAuctionPhases.begin(), kAuctionPhases.end(), finished);
   for (size_t e = 0; e < price_E.size(); ++e) price_E[e] = std::llround(auction.price(e));
   return auction.bids();
 }

@@ -24,12 +24,12 @@ struct Holding {
   int32_t amount;
 };
 
-struct Share {
+struct ExpertShare {
   int32_t expert;
   int32_t amount;
 };
 
-struct Edge {
+struct PathEdge {
   int32_t from;
   int32_t to;
   int32_t group;
@@ -60,7 +60,7 @@ class PathRepair {
     for (const auto& held_by : held_E_)
       for (const Holding& held : held_by) ++share_G1[static_cast<size_t>(held.group) + 1];
     std::partial_sum(share_G1.begin(), share_G1.end(), share_G1.begin());
-    std::vector<Share> shares(static_cast<size_t>(share_G1.back()));
+    std::vector<ExpertShare> shares(static_cast<size_t>(share_G1.back()));
     std::vector<int32_t> next_G(share_G1.begin(), share_G1.end() - 1);
     for (size_t e = 0; e < experts_; ++e)
       for (const Holding& held : held_E_[e])
@@ -121,6 +121,8 @@ class PathRepair {
     return nullptr;
   }
 
+  int64_t amount_of(size_t e, int32_t group) { return find(e, group)->amount; }
+
   // Lowers the losses of e's edges to those of one more group.
   void note_losses(size_t e, int32_t group) {
     const int32_t* score = row(group);
@@ -141,7 +143,7 @@ class PathRepair {
   }
 
   // Dijkstra from all experts with too many rows to the nearest with too few. Prices move on the way.
-  std::vector<Edge> shortest_path() {
+  std::vector<PathEdge> shortest_path() {
     for (size_t e = 0; e < experts_; ++e) distance_E_[e] = surplus(e) > 0 ? 0 : kFarAway;
     std::fill(done_E_.begin(), done_E_.end(), 0);
     size_t at = nearest_open();
@@ -151,7 +153,7 @@ class PathRepair {
     }
     const int64_t length = distance_E_[at];
     for (size_t e = 0; e < experts_; ++e) price_E_[e] += length - std::min(distance_E_[e], length);
-    std::vector<Edge> path;
+    std::vector<PathEdge> path;
     for (; surplus(at) <= 0; at = static_cast<size_t>(path.back().from)) path.push_back(reached_by_E_[at]);
     return path;
   }
@@ -182,15 +184,16 @@ class PathRepair {
   }
 
   // As many rows as the whole path lets through: several where rows are equal.
-  void move_along(const std::vector<Edge>& path) {
+  void move_along(const std::vector<PathEdge>& path) {
     int64_t amount = std::min(surplus(static_cast<size_t>(path.back().from)), -surplus(static_cast<size_t>(path.front().to)));
-    for (const Edge& edge : path)
-      amount = std::min<int64_t>(amount, edge.group == kSlotMoves ? 1 : find(static_cast<size_t>(edge.from), edge.group)->amount);
-    for (const Edge& edge : path) {
-      if (edge.group == kSlotMoves) std::swap(has_extra_E_[static_cast<size_t>(edge.from)], has_extra_E_[static_cast<size_t>(edge.to)]);
-      else take(static_cast<size_t>(edge.from), edge.group, static_cast<int32_t>(amount));
+    for (const PathEdge& edge : path)
+      amount = std::min(amount, edge.group == kSlotMoves ? 1 : amount_of(static_cast<size_t>(edge.from), edge.group));
+    for (const PathEdge& edge : path) {
+      const auto from = static_cast<size_t>(edge.from), to = static_cast<size_t>(edge.to);
+      if (edge.group == kSlotMoves) std::swap(has_extra_E_[from], has_extra_E_[to]);
+      else take(from, edge.group, static_cast<int32_t>(amount));
     }
-    for (const Edge& edge : path)
+    for (const PathEdge& edge : path)
       if (edge.group != kSlotMoves) give(static_cast<size_t>(edge.to), edge.group, static_cast<int32_t>(amount));
   }
 
@@ -206,7 +209,7 @@ class PathRepair {
   std::vector<int32_t> loss_EE_, mover_EE_; // [E, stride] least loss of moving from e to j, and whose
   std::vector<int64_t> distance_E_;
   std::vector<int8_t> done_E_;
-  std::vector<Edge> reached_by_E_;
+  std::vector<PathEdge> reached_by_E_;
   bool extra_moves_ = false;
 };
 

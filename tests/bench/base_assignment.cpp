@@ -1,5 +1,5 @@
-// Balanced assignment of T rows to E experts: the exact solver, cold and from the prices of the scores before 5 % noise, against
-// the auction of at most 100 rounds and, where LEMON is installed, its network simplex on the graph of all T·E pairs. All of
+// Balanced assignment of T rows to E experts: the exact solver, cold and from the prices of the scores before 5 % noise,
+// against the auction of at most 100 rounds and, where LEMON is installed, its network simplex on the graph of all T·E pairs. All of
 // them in one thread, in turns, on the same scores: Gaussian with a Gaussian bias per expert.
 #include "core/assignment.h"
 #include "core/error.h"
@@ -32,7 +32,9 @@ struct Scores {
   std::vector<float> first, second;  // [T,E], and with 5 % noise
   std::vector<double> price_E;       // of the first
 
-  GridScores grid(const std::vector<float>& scores) const { return grid_scores(std::span<const float>(scores), rows, kExperts); }
+  GridScores grid(const std::vector<float>& scores) const {
+    return grid_scores(std::span<const float>(scores), rows, kExperts);
+  }
   ExpertLoads loads() const { return expert_loads(rows, kExperts, ExtraSlots::kBest); }
   BalancedAssignment cold() const { return assign_exactly(grid(first), loads(), {}); }
   BalancedAssignment warm() const { return assign_exactly(grid(second), loads(), price_E); }
@@ -128,7 +130,8 @@ class AssignmentReporter : public benchmark::ConsoleReporter {
     for (const char* other : {"auction", "simplex"})
       std::printf("%-8s %8.1f ms   %.1f times cold (bar 8)\n", other, median(other), median(other) / median("cold/8192"));
     for (const char* start : {"cold", "warm"})
-      std::printf("%s grows from T = %ld to %ld as T^%.2f (bar 1.2)\n", start, kGrowth.front(), kGrowth.back(), exponent(start));
+      std::printf("%s grows from T = %ld to %ld as T^%.2f (bar 1.2)\n", start, kGrowth.front(), kGrowth.back(),
+                  exponent(start));
   }
 
  private:
@@ -141,7 +144,8 @@ class AssignmentReporter : public benchmark::ConsoleReporter {
   }
   double exponent(const std::string& start) const {
     const auto at = [&](int64_t rows) { return std::log(median(start + "/" + std::to_string(rows))); };
-    return (at(kGrowth.back()) - at(kGrowth.front())) / std::log(static_cast<double>(kGrowth.back()) / static_cast<double>(kGrowth.front()));
+    const double ratio = static_cast<double>(kGrowth.back()) / static_cast<double>(kGrowth.front());
+    return (at(kGrowth.back()) - at(kGrowth.front())) / std::log(ratio);
   }
   std::map<std::string, std::vector<double>> times_;
 };

@@ -22,25 +22,25 @@ std::unique_ptr<Router> base_router(int64_t experts, std::map<std::string, Optio
   return router;
 }
 
-Tensor choices_of(const Router& router, const RouteCase& input) {
+Tensor base_choices(const Router& router, const RouteCase& input) {
   return route(router, input).assignment.choice_TK.select(1, 0);
 }
 
-Tensor loads_of(const RouteOutput& out, int64_t experts) {
+Tensor base_loads(const RouteOutput& out, int64_t experts) {
   return at::bincount(out.assignment.choice_TK.reshape({-1}), {}, experts);
 }
 
-double gap_of(const RouteOutput& out) { return out.probes.at("gap").item<double>(); }
+double base_gap(const RouteOutput& out) { return out.probes.at("gap").item<double>(); }
 
-Tensor gathered_scores(const Tensor& x_TD, const Router& router, const Tensor& choice_T) {
+Tensor base_gathered(const Tensor& x_TD, const Router& router, const Tensor& choice_T) {
   return x_TD.matmul(find_tensor(router, "weight").t()).gather(1, choice_T.unsqueeze(1)).select(1, 0);
 }
 
-double dual_value(const Tensor& score_TE, const Tensor& price_E, double load) {
+double base_dual_value(const Tensor& score_TE, const Tensor& price_E, double load) {
   return std::get<0>((score_TE - price_E).max(1)).sum().item<double>() + load * price_E.sum().item<double>();
 }
 
-void add_deltas(std::map<std::string, Tensor>& total, const std::map<std::string, Tensor>& more) {
+void base_add_deltas(std::map<std::string, Tensor>& total, const std::map<std::string, Tensor>& more) {
   for (const auto& [name, delta] : more) total[name] = total.count(name) ? total[name] + delta : delta;
 }
 
@@ -55,14 +55,14 @@ TEST_CASE("base oracle (spec 3.1): training takes [1,0,1,0,2,2] with gates σ(s)
   const RouteOutput out = route(*router, RouteCase(numbers(kBaseScores)).train());
   CHECK(out.assignment.choice_TK.equal(longs_of({1, 0, 1, 0, 2, 2}).unsqueeze(1)));
   CHECK(relative_error(out.gate_TK.select(1, 0), at::tensor({8., 9., 7., 7., 4., 1.}, at::kDouble).sigmoid()) < 1e-15);
-  CHECK(gap_of(out) == 0);
+  CHECK(base_gap(out) == 0);
   CHECK(sparse(out).dropped_token_M.numel() == 0);
   CHECK(out.probes.at("logits").equal(numbers(kBaseScores)));
 }
 
 TEST_CASE("base oracle (spec 3.1): evaluation is greedy, loads [6,0,0], and solves nothing") {
   const RouteOutput out = route(*base_oracle(), RouteCase(numbers(kBaseScores)));
-  CHECK(loads_of(out, 3).equal(longs_of({6, 0, 0})));
+  CHECK(base_loads(out, 3).equal(longs_of({6, 0, 0})));
   CHECK(out.deltas.empty());
   CHECK(out.probes.count("gap") == 0);
 }
@@ -70,16 +70,16 @@ TEST_CASE("base oracle (spec 3.1): evaluation is greedy, loads [6,0,0], and solv
 TEST_CASE("base oracle (spec 3.1): solver = greedy goes expert by expert and gets 33") {
   const RouteOutput out = route(*base_oracle({{"solver", word("greedy")}}), RouteCase(numbers(kBaseScores)).train());
   CHECK(out.assignment.choice_TK.equal(longs_of({0, 0, 1, 2, 1, 2}).unsqueeze(1)));
-  CHECK(gap_of(out) == (9 + 9 + 8 + 7 + 6 + 5) - 33);  // prices of 0 bound the value by the sum of the rows' maxima
+  CHECK(base_gap(out) == (9 + 9 + 8 + 7 + 6 + 5) - 33);  // prices of 0 bound the value by the sum of the rows' maxima
 }
 
 TEST_CASE("base: prices after a step are an optimal dual solution, worth 36 (spec 3.1)") {
   const auto router = base_oracle();
   const RouteOutput out = route(*router, RouteCase(numbers(kBaseScores)).train());
   router->end_step(out.deltas, 0);
-  CHECK(std::abs(dual_value(numbers(kBaseScores), find_tensor(*router, "prices"), 2) - 36) < 1e-12);
+  CHECK(std::abs(base_dual_value(numbers(kBaseScores), find_tensor(*router, "prices"), 2) - 36) < 1e-12);
   CHECK(find_tensor(*router, "prices").min().item<double>() == 0);
-  CHECK(choices_of(*router, RouteCase(numbers(kBaseScores)).train()).equal(longs_of({1, 0, 1, 0, 2, 2})));
+  CHECK(base_choices(*router, RouteCase(numbers(kBaseScores)).train()).equal(longs_of({1, 0, 1, 0, 2, 2})));
 }
 
 TEST_CASE("base: prices of micro-batches and ranks are averaged by their rows, and a step without rows keeps them") {
@@ -91,7 +91,7 @@ TEST_CASE("base: prices of micro-batches and ranks are averaged by their rows, a
     const auto alone = base_router(3);
     alone->end_step(out.deltas, 0);
     expected_E += find_tensor(*alone, "prices") * (static_cast<double>(rows) / 36);
-    add_deltas(total, out.deltas);
+    base_add_deltas(total, out.deltas);
   }
   router->end_step(total, 0);
   CHECK(relative_error(find_tensor(*router, "prices"), expected_E) < 1e-14);
@@ -115,47 +115,48 @@ TEST_CASE("base: greedy_with_prices takes argmax(s - prices), ties to the lowest
     std::sort(sorted.rbegin(), sorted.rend());
     if (sorted[0] - sorted[1] > 1e-6) CHECK(after.assignment.choice_TK[t][0].item<int64_t>() == slow_argmax(value));
   }
-  CHECK(loads_of(after, 4).max().item<int64_t>() <= 104);
-  CHECK(loads_of(before, 4).max().item<int64_t>() > 150);
+  CHECK(base_loads(after, 4).max().item<int64_t>() <= 104);
+  CHECK(base_loads(before, 4).max().item<int64_t>() > 150);
 }
 
-TEST_CASE("base: training loads are exactly equal, every solver, and ⌊T/E⌋ or ⌈T/E⌉ where E does not divide T (claim C-BASE-1)") {
+TEST_CASE("base: training loads are exactly equal, or ⌊T/E⌋ and ⌈T/E⌉, for every solver (claim C-BASE-1)") {
   for (const char* solver : {"exact", "auction", "sinkhorn", "greedy"})
     for (const char* extra : {"best", "lowest", "rotate"})
       for (const int64_t experts : {1, 2, 5})
         for (const int64_t rows : {0, 1, 3, 20, 23}) {
           const auto router = base_router(experts, {{"solver", word(solver)}, {"extra_slots", word(extra)}});
           const RouteOutput out = route(*router, RouteCase(random_tensor(3, {rows, 5})).train());
-          const Tensor load_E = loads_of(out, experts);
+          const Tensor load_E = base_loads(out, experts);
           INFO(solver << ' ' << extra << " E=" << experts << " T=" << rows);
           CHECK(load_E.sum().item<int64_t>() == rows);
           CHECK(load_E.min().item<int64_t>() == rows / experts);
           CHECK(load_E.max().item<int64_t>() == (rows + experts - 1) / experts);
-          CHECK((gap_of(out) == 0 || std::string(solver) != "exact"));
-          CHECK(gap_of(out) >= 0);
+          CHECK((base_gap(out) == 0 || std::string(solver) != "exact"));
+          CHECK(base_gap(out) >= 0);
         }
 }
 
 TEST_CASE("base: extra slots go to the lowest experts, or rotate with the step") {
   const Tensor x_TD = random_tensor(3, {23, 5});
-  CHECK(loads_of(route(*base_router(5, {{"extra_slots", word("lowest")}}), RouteCase(x_TD).train()), 5).equal(longs_of({5, 5, 5, 4, 4})));
+  const RouteOutput lowest = route(*base_router(5, {{"extra_slots", word("lowest")}}), RouteCase(x_TD).train());
+  CHECK(base_loads(lowest, 5).equal(longs_of({5, 5, 5, 4, 4})));
   RouteCase later = RouteCase(x_TD).train();
   later.in.step = 13;  // 13 mod 5 = 3
-  CHECK(loads_of(route(*base_router(5, {{"extra_slots", word("rotate")}}), later), 5).equal(longs_of({5, 4, 4, 5, 5})));
+  CHECK(base_loads(route(*base_router(5, {{"extra_slots", word("rotate")}}), later), 5).equal(longs_of({5, 4, 4, 5, 5})));
 }
 
-TEST_CASE("base: no balanced assignment by chance has a larger sum, and a shift of a column changes nothing but evaluation (spec 3.1)") {
+TEST_CASE("base: chance finds no larger sum, and a shift of a column changes nothing but evaluation (spec 3.1)") {
   const auto router = oracle_router({.name = "base"});
   const Tensor x_TD = random_tensor(4, {30, 3});
-  const Tensor choice_T = choices_of(*router, RouteCase(x_TD).train());
-  const double value = gathered_scores(x_TD, *router, choice_T).sum().item<double>();
+  const Tensor choice_T = base_choices(*router, RouteCase(x_TD).train());
+  const double value = base_gathered(x_TD, *router, choice_T).sum().item<double>();
   for (int64_t i = 0; i < 1000; ++i) {
     const Tensor chance_T = at::arange(30, at::kLong).remainder(3).index_select(0, random_tensor(100 + i, {30}).argsort());
-    CHECK(gathered_scores(x_TD, *router, chance_T).sum().item<double>() <= value + 1e-6);
+    CHECK(base_gathered(x_TD, *router, chance_T).sum().item<double>() <= value + 1e-6);
   }
   const Tensor shifted_TD = x_TD + at::tensor({5., 0., -1.}, at::kDouble) + random_tensor(5, {30, 1});
-  CHECK(choices_of(*router, RouteCase(shifted_TD).train()).equal(choice_T));
-  CHECK_FALSE(choices_of(*router, RouteCase(shifted_TD)).equal(choices_of(*router, RouteCase(x_TD))));
+  CHECK(base_choices(*router, RouteCase(shifted_TD).train()).equal(choice_T));
+  CHECK_FALSE(base_choices(*router, RouteCase(shifted_TD)).equal(base_choices(*router, RouteCase(x_TD))));
 }
 
 TEST_CASE("base: in evaluation a row's decision is its own; in training it is not (spec 3.1)") {
@@ -163,7 +164,7 @@ TEST_CASE("base: in evaluation a row's decision is its own; in training it is no
   const Tensor x_TD = random_tensor(6, {12, 5});
   Tensor other_TD = x_TD.clone();
   other_TD.slice(0, 6) = random_tensor(7, {6, 5}) * 5;
-  CHECK(choices_of(*router, RouteCase(x_TD)).slice(0, 0, 6).equal(choices_of(*router, RouteCase(other_TD)).slice(0, 0, 6)));
+  CHECK(base_choices(*router, RouteCase(x_TD)).slice(0, 0, 6).equal(base_choices(*router, RouteCase(other_TD)).slice(0, 0, 6)));
   const RouterFacts facts = router->facts();
   CHECK_FALSE(facts.batch_independent);
   CHECK(facts.batch_independent_eval);
@@ -188,20 +189,21 @@ TEST_CASE("base: the rows of a shuffle's permutation are served in its order, wh
   const std::map<std::string, OptionValue> shuffled{{"shuffle", true}};
   const Tensor order_T = longs_of({5, 0, 3, 1, 4, 2});
   const Tensor tied_TD = at::ones({6, 3}, at::kDouble);
-  CHECK(choices_of(*base_oracle(shuffled), RouteCase(tied_TD).train().noise(order_T)).equal(longs_of({0, 1, 2, 1, 2, 0})));
-  CHECK(choices_of(*base_oracle(), RouteCase(tied_TD).train()).equal(longs_of({0, 0, 1, 1, 2, 2})));
-  CHECK(choices_of(*base_oracle(shuffled), RouteCase(numbers(kBaseScores)).train().noise(order_T)).equal(longs_of({1, 0, 1, 0, 2, 2})));
+  CHECK(base_choices(*base_oracle(shuffled), RouteCase(tied_TD).train().noise(order_T)).equal(longs_of({0, 1, 2, 1, 2, 0})));
+  CHECK(base_choices(*base_oracle(), RouteCase(tied_TD).train()).equal(longs_of({0, 0, 1, 1, 2, 2})));
+  const RouteCase untied = RouteCase(numbers(kBaseScores)).train().noise(order_T);
+  CHECK(base_choices(*base_oracle(shuffled), untied).equal(longs_of({1, 0, 1, 0, 2, 2})));
   const Tensor wide_TD = at::ones({60, 3}, at::kDouble);
-  const Tensor drawn_T = choices_of(*base_oracle(shuffled), RouteCase(wide_TD).train());
-  CHECK(drawn_T.equal(choices_of(*base_oracle(shuffled), RouteCase(wide_TD).train())));
-  CHECK_FALSE(drawn_T.equal(choices_of(*base_oracle(shuffled), RouteCase(wide_TD).train().seed(1))));
+  const Tensor drawn_T = base_choices(*base_oracle(shuffled), RouteCase(wide_TD).train());
+  CHECK(drawn_T.equal(base_choices(*base_oracle(shuffled), RouteCase(wide_TD).train())));
+  CHECK_FALSE(drawn_T.equal(base_choices(*base_oracle(shuffled), RouteCase(wide_TD).train().seed(1))));
   CHECK(base_oracle(shuffled)->facts().noisy_in_training);
   for (const Tensor& wrong_T : {longs_of({0, 1, 2, 3, 4, 4}), longs_of({1, 2, 3, 4, 5, 6})})
     CHECK(message_of_base(*base_oracle(shuffled), RouteCase(tied_TD).train().noise(wrong_T)) ==
           "noise of the router 'base' is not a permutation of 0 … T-1");
 }
 
-TEST_CASE("base: scope = global on two ranks is one big batch, plan, gap and prices; one rank may be empty; local is each alone") {
+TEST_CASE("base: scope = global on two ranks is one big batch, one rank may be empty; local is each alone") {
   for (const bool shuffle : {false, true})
     for (const int64_t first : {7, 0, 20}) {
       const std::map<std::string, OptionValue> options{{"scope", word("global")}, {"shuffle", shuffle}};
@@ -214,13 +216,15 @@ TEST_CASE("base: scope = global on two ranks is one big batch, plan, gap and pri
         RouteCase input = RouteCase(comm->rank() == 0 ? x_TD.slice(0, 0, first) : x_TD.slice(0, first)).train();
         input.in.comm = comm.get();
         const RouteOutput part = route(*router, input);
-        const Tensor wanted = comm->rank() == 0 ? whole.assignment.choice_TK.slice(0, 0, first) : whole.assignment.choice_TK.slice(0, first);
+        const Tensor& all_TK = whole.assignment.choice_TK;
+        const Tensor wanted = comm->rank() == 0 ? all_TK.slice(0, 0, first) : all_TK.slice(0, first);
         test::expect_equal(part.assignment.choice_TK, wanted, "choices");
-        test::expect(gap_of(part) == 0, "gap");
+        test::expect(base_gap(part) == 0, "gap");
         std::map<std::string, Tensor> sums = part.deltas;
         for (auto& [name, delta] : sums) comm->all_reduce(delta);
         router->end_step(sums, 0);
-        test::expect(shuffle || relative_error(find_tensor(*router, "prices"), find_tensor(*alone, "prices")) < 1e-14, "prices");
+        const double error = relative_error(find_tensor(*router, "prices"), find_tensor(*alone, "prices"));
+        test::expect(shuffle || error < 1e-14, "prices");
       });
     }
   run_on_threads(2, [](test::CommPointer comm) {
@@ -241,7 +245,7 @@ TEST_CASE("base: experts that are not there yet take no part, and the others are
     INFO(solver);
     CHECK(with.assignment.choice_TK.equal(without.assignment.choice_TK));
     CHECK(relative_error(with.gate_TK, without.gate_TK) < 1e-15);
-    CHECK(choices_of(*roomy, RouteCase(x_TD)).equal(choices_of(*small, RouteCase(x_TD))));
+    CHECK(base_choices(*roomy, RouteCase(x_TD)).equal(base_choices(*small, RouteCase(x_TD))));
     roomy->end_step(with.deltas, 0);
     CHECK(find_tensor(*roomy, "prices").slice(0, 3).equal(at::zeros({3}, at::kDouble)));
   }
@@ -253,8 +257,8 @@ TEST_CASE("base: ties, repeated rows and scores of ±1e4 stay balanced with gap 
                                   random_tensor(12, {50, 5}) * 1e4, random_tensor(13, {50, 5}).round()}) {
       const auto router = build_router({.name = "base", .width = 5, .experts = 4, .dtype = dtype});
       const RouteOutput out = route(*router, RouteCase(wide_TD.to(dtype)).train());
-      CHECK(gap_of(out) == 0);
-      CHECK(loads_of(out, 4).min().item<int64_t>() == 12);
+      CHECK(base_gap(out) == 0);
+      CHECK(base_loads(out, 4).min().item<int64_t>() == 12);
       CHECK(out.gate_TK.isfinite().all().item<bool>());
     }
 }
@@ -277,7 +281,8 @@ TEST_CASE("base starts from orthogonal centroids of norm 0.1, orthogonal columns
 }
 
 TEST_CASE("base: noise on the logits counts in assignment and gate, not in probes") {
-  const auto router = build_router({.name = "base", .width = 5, .experts = 3, .noise = {.kind = NoiseSpec::Kind::kNormal, .std = 2}});
+  const NoiseSpec normal{.kind = NoiseSpec::Kind::kNormal, .std = 2};
+  const auto router = build_router({.name = "base", .width = 5, .experts = 3, .noise = normal});
   const Tensor x_TD = random_tensor(14, {12, 5}), draw_TE = random_tensor(15, {12, 3});
   const RouteOutput out = route(*router, RouteCase(x_TD).train().noise(draw_TE));
   const Tensor clean_TE = x_TD.matmul(find_tensor(*router, "weight").t()), noisy_TE = clean_TE + 2 * draw_TE;
