@@ -103,6 +103,7 @@ struct RouterFacts {
   bool random_in_eval = false;
   bool stateful = false;           // end_step() moves buffers
   bool variable_k = false;
+  bool capacity_is_choice = false; // experts choose rows: [moe.capacity] says how many, whatever its mode
   bool needs_token_ids = false;
   bool needs_segments = false;
   bool needs_domain = false;
@@ -117,6 +118,7 @@ struct RouterFacts {
   int64_t passes = 1;              // forward passes per step
   int64_t fixed_k = 0;             // choices per row where the method fixes them; 0 = the option `k`, or it varies
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
+  bool distils = false;            // a second router learns its choices: RouteOutput::statistics has its scores, "distilled"
   bool time_ordered = false;       // where a row's decision depends on others, places included, none of them is later
 };
 
@@ -177,6 +179,7 @@ class Router : public Module {
 
   // Bool [max_experts], the experts that may be chosen now; undefined = all of them. Metrics and losses count these only.
   virtual Tensor active_experts_E() const;
+  int64_t active_experts() const;  // their number
 
   const RouterSpec& spec() const { return spec_; }
   const RouterEntry& entry() const { return *entry_; }

@@ -48,6 +48,7 @@ Json facts_json(const RouterEntry& entry) {
           {"passes", f.passes},
           {"fixed_k", f.fixed_k},
           {"has_scores", f.has_scores},
+          {"distils", f.distils},
           {"time_ordered", f.time_ordered}};
 }
 
@@ -125,10 +126,11 @@ const std::vector<Kind>& catalogue() {
 const Kind& find_kind(const std::string& name) {
   std::vector<std::string> names;
   for (const Kind& kind : catalogue()) {
-    if (kind.name == name) return kind;
+    if (kind.name == name || kind.name == name + "s") return kind;  // "router" is understood too
     names.push_back(kind.name);
   }
-  usage_error(fmt::format("nothing is called '{}'{}; there are {}", name, did_you_mean(name, names), fmt::join(names, ", ")));
+  const std::string hint = did_you_mean(name, names);
+  usage_error(fmt::format("there is no kind '{}'{} kinds: {}", name, hint.empty() ? ";" : hint, fmt::join(names, ", ")));
 }
 
 Json describe(const Kind& kind, const std::string& name) {
@@ -140,7 +142,8 @@ Json describe(const Kind& kind, const std::string& name) {
     return whole;
   }
   const std::vector<std::string> names = names_of(entries);
-  usage_error(fmt::format("'{}' is none of the {}{}; there are {}", name, kind.name, did_you_mean(name, names), fmt::join(names, ", ")));
+  const std::string hint = did_you_mean(name, names);
+  usage_error(fmt::format("'{}' is none of the {}{} there are {}", name, kind.name, hint.empty() ? ";" : hint, fmt::join(names, ", ")));
 }
 
 Json options_json(const OptionSpecs& specs) {

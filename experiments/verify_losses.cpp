@@ -24,6 +24,7 @@ RouteOutput landmark_decision(const Tensor& first_T, int64_t experts, int64_t k,
   out.plan = make_sparse_plan(out.assignment, out.gate_TK, experts);
   const Tensor probability_TE = logits_TE.softmax(1);
   out.scores = {logits_TE, probability_TE, probability_TE, logits_TE, logits_TE, {}};
+  out.statistics["distilled"] = logits_TE;  // a distilled router that agrees
   out.k = k;
   return out;
 }
@@ -38,8 +39,11 @@ RouteOutput collapsed(int64_t experts, int64_t k) {
   return landmark_decision(at::zeros({experts}, at::kLong), experts, k, logits_TE);
 }
 
+// Of a sum: per row.
 double loss_value(const LossTerm& term, const RouteInput& in, const RouteOutput& out, const Router& router, int64_t experts) {
-  return local_value(term, collect_statistics(*term.loss, LossScope::kStep, {in, out, router, experts}), router).item<double>();
+  const auto statistics = collect_statistics(*term.loss, LossScope::kStep, {in, out, router, experts});
+  const double value = local_value(term, statistics, router).item<double>();
+  return term.loss->reduces_by_sum() ? value / static_cast<double>(in.rows()) : value;
 }
 
 void must_hit(double found, double landmark, const std::string& label, const char* where, const KitCase& at) {

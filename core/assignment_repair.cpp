@@ -1,0 +1,221 @@
+// Successive shortest paths on the graph of experts. An edge i → j moves a row from i to j; its length is the least loss
+// s[t,i] - s[t,j] over the rows of i, minus p_i, plus p_j, which is never negative at prices at which every row is with a best
+// expert. Prices move with the distances, so it stays so; once no expert has too many rows, that is the proof of optimality.
+//
+// Where extra slots are free, i → j may also hand j's extra slot to i at no loss. That is never negative either, as the
+// experts of the highest prices hold these slots.
+#include "core/assignment_parts.h"
+
+#include "core/error.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+namespace moelab {
+namespace {
+
+constexpr int32_t kNoRow = std::numeric_limits<int32_t>::max();
+constexpr int64_t kFarAway = std::numeric_limits<int64_t>::max() / 4;
+constexpr int32_t kSlotMoves = -1;  // in place of a group: the extra slot moves, not a row
+
+struct Holding {
+  int32_t group;
+  int32_t amount;
+};
+
+struct Share {
+  int32_t expert;
+  int32_t amount;
+};
+
+struct Edge {
+  int32_t from;
+  int32_t to;
+  int32_t group;
+};
+
+class PathRepair {
+ public:
+  PathRepair(const GridScores& scores, const RowGroups& groups, const ExpertLoads& loads, GridPrices& price_E)
+      : scores_(scores), groups_(groups), price_E_(price_E), experts_(static_cast<size_t>(scores.experts)),
+        stride_(static_cast<size_t>(scores.stride)), load_E_(loads.load_E), has_extra_E_(experts_, 0), rows_of_E_(experts_, 0),
+        held_E_(experts_), stale_E_(experts_, 0), loss_EE_(experts_ * stride_, kNoRow), mover_EE_(experts_ * stride_, 0),
+        distance_E_(experts_), done_E_(experts_), reached_by_E_(experts_) {
+    hand_out_extra(loads.free_extra);
+    const BestFinder best(scores, price_E);
+    for (int32_t g = 0; g < static_cast<int32_t>(groups.count()); ++g)
+      give(static_cast<size_t>(best(row(g)).expert), g, groups.size_G[static_cast<size_t>(g)]);
+  }
+
+  int64_t run() {
+    int64_t paths = 0;
+    for (; any_surplus(); ++paths) move_along(shortest_path());
+    return paths;
+  }
+
+  // Rows of a group go to its experts in the order of both.
+  std::vector<int64_t> expert_of_rows() const {
+    std::vector<int32_t> share_G1(groups_.size_G.size() + 1, 0);  // where a group's shares begin
+    for (const auto& held_by : held_E_)
+      for (const Holding& held : held_by) ++share_G1[static_cast<size_t>(held.group) + 1];
+    std::partial_sum(share_G1.begin(), share_G1.end(), share_G1.begin());
+    std::vector<Share> shares(static_cast<size_t>(share_G1.back()));
+    std::vector<int32_t> next_G(share_G1.begin(), share_G1.end() - 1);
+    for (size_t e = 0; e < experts_; ++e)
+      for (const Holding& held : held_E_[e])
+        shares[static_cast<size_t>(next_G[static_cast<size_t>(held.group)]++)] = {static_cast<int32_t>(e), held.amount};
+    std::vector<int64_t> expert_T;
+    expert_T.reserve(groups_.group_T.size());
+    for (const int32_t group : groups_.group_T) {
+      int32_t& first = share_G1[static_cast<size_t>(group)];
+      if (shares[static_cast<size_t>(first)].amount == 0) ++first;
+      --shares[static_cast<size_t>(first)].amount;
+      expert_T.push_back(shares[static_cast<size_t>(first)].expert);
+    }
+    return expert_T;
+  }
+
+ private:
+  const int32_t* row(int32_t group) const { return scores_.row(groups_.first_row_G[static_cast<size_t>(group)]); }
+  int64_t surplus(size_t e) const { return rows_of_E_[e] - load_E_[e] - has_extra_E_[e]; }
+
+  bool any_surplus() const {
+    for (size_t e = 0; e < experts_; ++e)
+      if (surplus(e) > 0) return true;
+    return false;
+  }
+
+  void hand_out_extra(int64_t count) {
+    std::vector<size_t> order(experts_);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [this](size_t a, size_t b) { return price_E_[a] > price_E_[b]; });
+    for (int64_t i = 0; i < count; ++i) has_extra_E_[order[static_cast<size_t>(i)]] = 1;
+    extra_moves_ = count > 0;
+  }
+
+  void give(size_t e, int32_t group, int32_t amount) {
+    rows_of_E_[e] += amount;
+    const bool splits = groups_.size_G[static_cast<size_t>(group)] > 1;  // only such a group can be here already
+    if (Holding* held = splits ? find(e, group) : nullptr) {
+      held->amount += amount;
+      return;
+    }
+    held_E_[e].push_back({group, amount});
+    if (!stale_E_[e]) note_losses(e, group);
+  }
+
+  void take(size_t e, int32_t group, int32_t amount) {
+    rows_of_E_[e] -= amount;
+    Holding* held = find(e, group);
+    held->amount -= amount;
+    if (held->amount > 0) return;
+    *held = held_E_[e].back();
+    held_E_[e].pop_back();
+    stale_E_[e] = 1;
+  }
+
+  Holding* find(size_t e, int32_t group) {
+    for (Holding& held : held_E_[e])
+      if (held.group == group) return &held;
+    return nullptr;
+  }
+
+  // Lowers the losses of e's edges to those of one more group.
+  void note_losses(size_t e, int32_t group) {
+    const int32_t* score = row(group);
+    const Int4 own = Int4{} + score[e], mover = Int4{} + group;
+    int32_t *loss = loss_EE_.data() + e * stride_, *movers = mover_EE_.data() + e * stride_;
+    for (size_t j = 0; j < stride_; j += kLanes) {
+      const Int4 now = own - load_vector<Int4>(score + j), then = load_vector<Int4>(loss + j);
+      const Int4 less = now < then, best = less ? now : then, who = less ? mover : load_vector<Int4>(movers + j);
+      std::memcpy(loss + j, &best, sizeof best);
+      std::memcpy(movers + j, &who, sizeof who);
+    }
+  }
+
+  void refresh(size_t e) {
+    std::fill_n(loss_EE_.begin() + static_cast<std::ptrdiff_t>(e * stride_), stride_, kNoRow);
+    for (const Holding& held : held_E_[e]) note_losses(e, held.group);
+    stale_E_[e] = 0;
+  }
+
+  // Dijkstra from all experts with too many rows to the nearest with too few. Prices move on the way.
+  std::vector<Edge> shortest_path() {
+    for (size_t e = 0; e < experts_; ++e) distance_E_[e] = surplus(e) > 0 ? 0 : kFarAway;
+    std::fill(done_E_.begin(), done_E_.end(), 0);
+    size_t at = nearest_open();
+    for (; surplus(at) >= 0; at = nearest_open()) {
+      done_E_[at] = 1;
+      relax(at);
+    }
+    const int64_t length = distance_E_[at];
+    for (size_t e = 0; e < experts_; ++e) price_E_[e] += length - std::min(distance_E_[e], length);
+    std::vector<Edge> path;
+    for (; surplus(at) <= 0; at = static_cast<size_t>(path.back().from)) path.push_back(reached_by_E_[at]);
+    return path;
+  }
+
+  size_t nearest_open() const {
+    size_t nearest = experts_;
+    int64_t least = kFarAway;
+    for (size_t e = 0; e < experts_; ++e)
+      if (!done_E_[e] && distance_E_[e] < least) least = distance_E_[e], nearest = e;
+    check_invariant(nearest < experts_, "the loads of an assignment add up to its rows");
+    return nearest;
+  }
+
+  void relax(size_t i) {
+    if (stale_E_[i]) refresh(i);
+    const int32_t *loss = loss_EE_.data() + i * stride_, *movers = mover_EE_.data() + i * stride_;
+    const int64_t base = distance_E_[i] - price_E_[i];
+    for (size_t j = 0; j < experts_; ++j) {
+      if (loss[j] != kNoRow) try_edge(i, j, base + loss[j] + price_E_[j], movers[j]);
+      if (extra_moves_ && !has_extra_E_[i] && has_extra_E_[j]) try_edge(i, j, base + price_E_[j], kSlotMoves);
+    }
+  }
+
+  void try_edge(size_t i, size_t j, int64_t length, int32_t group) {
+    if (length >= distance_E_[j]) return;
+    distance_E_[j] = length;
+    reached_by_E_[j] = {static_cast<int32_t>(i), static_cast<int32_t>(j), group};
+  }
+
+  // As many rows as the whole path lets through: several where rows are equal.
+  void move_along(const std::vector<Edge>& path) {
+    int64_t amount = std::min(surplus(static_cast<size_t>(path.back().from)), -surplus(static_cast<size_t>(path.front().to)));
+    for (const Edge& edge : path)
+      amount = std::min<int64_t>(amount, edge.group == kSlotMoves ? 1 : find(static_cast<size_t>(edge.from), edge.group)->amount);
+    for (const Edge& edge : path) {
+      if (edge.group == kSlotMoves) std::swap(has_extra_E_[static_cast<size_t>(edge.from)], has_extra_E_[static_cast<size_t>(edge.to)]);
+      else take(static_cast<size_t>(edge.from), edge.group, static_cast<int32_t>(amount));
+    }
+    for (const Edge& edge : path)
+      if (edge.group != kSlotMoves) give(static_cast<size_t>(edge.to), edge.group, static_cast<int32_t>(amount));
+  }
+
+  const GridScores& scores_;
+  const RowGroups& groups_;
+  GridPrices& price_E_;
+  size_t experts_, stride_;
+  std::vector<int64_t> load_E_;
+  std::vector<int8_t> has_extra_E_;
+  std::vector<int64_t> rows_of_E_;
+  std::vector<std::vector<Holding>> held_E_;
+  std::vector<int8_t> stale_E_;             // loss_EE_ of this row counts a group that is gone
+  std::vector<int32_t> loss_EE_, mover_EE_; // [E, stride] least loss of moving from e to j, and whose
+  std::vector<int64_t> distance_E_;
+  std::vector<int8_t> done_E_;
+  std::vector<Edge> reached_by_E_;
+  bool extra_moves_ = false;
+};
+
+}  // namespace
+
+Repaired repair(const GridScores& scores, const RowGroups& groups, const ExpertLoads& loads, GridPrices& price_E) {
+  PathRepair repair(scores, groups, loads, price_E);
+  const int64_t paths = repair.run();
+  return {repair.expert_of_rows(), paths};
+}
+
+}  // namespace moelab
