@@ -93,9 +93,10 @@ uint64_t hash_of_row(const int32_t* row, int64_t stride) {
   for (int64_t e = 0; e < stride; e += kLanes) {
     uint64_t pair[2];
     std::memcpy(pair, row + e, sizeof pair);
-    for (int i = 0; i < 2; ++i) lane[i] = (lane[i] ^ pair[i]) * 0xff51afd7ed558ccdu, lane[i] ^= lane[i] >> 32;
+    for (int i = 0; i < 2; ++i) lane[i] = std::rotl(lane[i] ^ pair[i], 29) * 0xff51afd7ed558ccdu;
   }
-  return lane[0] ^ (lane[1] * 0x9fb21c651e98df25u);
+  const uint64_t both = (lane[0] ^ std::rotl(lane[1], 31)) * 0x9fb21c651e98df25u;
+  return both ^ (both >> 32);
 }
 
 // The largest Σ_e load_e·p_e that the loads allow.

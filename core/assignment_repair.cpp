@@ -43,6 +43,7 @@ class PathRepair {
         held_E_(experts_), stale_E_(experts_, 0), loss_EE_(experts_ * stride_, kNoRow), mover_EE_(experts_ * stride_, 0),
         distance_E_(experts_), done_E_(experts_), reached_by_E_(experts_) {
     hand_out_extra(loads.free_extra);
+    for (size_t e = 0; e < experts_; ++e) held_E_[e].reserve(static_cast<size_t>(load_E_[e] + load_E_[e] / 8 + 4));
     const BestFinder best(scores, price_E);
     for (int32_t g = 0; g < static_cast<int32_t>(groups.count()); ++g)
       give(static_cast<size_t>(best(row(g)).expert), g, groups.size_G[static_cast<size_t>(g)]);

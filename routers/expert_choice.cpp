@@ -213,8 +213,8 @@ const Registration<RouterEntry> registration_expert_choice{{
     .title = "Expert choice: experts choose rows",
     .citation = "Zhou et al., 2022, arXiv:2202.09368",
     .equation = "S = softmax(W x);  each expert takes the C rows of a group with its largest S;  gate S",
-    .facts = {.stateful = true, .variable_k = true, .capacity_is_choice = true, .batch_independent = false, .batch_independent_eval = false,
-              .decodes = false},
+    .facts = {.stateful = true, .variable_k = true, .capacity_is_choice = true, .batch_independent = false,
+              .batch_independent_eval = false, .decodes = false},
     .options = {option("score_norm", "experts", "S is a softmax over experts, or over the group's rows")
                     .one_of({"experts", "tokens"}),
                 option("cap_per_token", 0, "experts per row, at most; 0 = any number").at_least(0),
