@@ -50,7 +50,7 @@ double chi_squared(const std::vector<int64_t>& counts) {
   return sum;
 }
 
-std::vector<int64_t> histogram(const Tensor& experts_T) {
+std::vector<int64_t> expert_counts(const Tensor& experts_T) {
   const Tensor counts_E = at::bincount(experts_T, {}, 8);
   return {counts_E.const_data_ptr<int64_t>(), counts_E.const_data_ptr<int64_t>() + 8};
 }
@@ -66,7 +66,7 @@ TEST_CASE("3.7 oracle: expert frequencies over rows, positions and sequences lie
   const int64_t pass = GENERATE(0, 1);
   const auto frequencies = [&](const char* granularity, const std::vector<int64_t>& sequences) {
     const auto router = thor({{"granularity", word(granularity)}, {"pair", pair}});
-    return chi_squared(histogram(experts_of(*router, pass_of(rows_of(sequences), 5, pass))));
+    return chi_squared(expert_counts(experts_of(*router, pass_of(rows_of(sequences), 5, pass))));
   };
   CAPTURE(pair, pass);
   CHECK(frequencies("token", std::vector<int64_t>(draws, 0)) < kChi7);
