@@ -23,7 +23,7 @@ using Tensors = std::map<std::string, Tensor>;
 // Two blocks of width 16 with four experts, two of them chosen where the router leaves that open, on generated data; `more` is
 // laid on top as `--set` does.
 inline Experiment tiny_experiment(const std::string& router, std::vector<std::string> more = {}, const std::string& losses = "") {
-  const bool fixed_k = router == "switch" || router == "gshard";
+  const bool has_k = Options(Registry<RouterEntry>::instance().find(router).options).declared("k");
   const std::string text = fmt::format(R"(
 seed = 3
 [model]
@@ -47,7 +47,7 @@ batch = 4
 log_every = 4
 [optimizer]
 lr = 0.01
-{})", router, fixed_k ? "" : "k = 2", losses);
+{})", router, has_k ? "k = 2" : "", losses);
   return load_experiment(parse_config(text, "tiny.toml", more));
 }
 
