@@ -12,7 +12,7 @@ using moelab::testing::FactorBank;
 
 namespace {
 
-const SoftPlan& soft(const RouteOutput& out) { return std::get<SoftPlan>(out.plan); }
+const SoftPlan& soft_plan(const RouteOutput& out) { return std::get<SoftPlan>(out.plan); }
 
 std::unique_ptr<Router> soft_router(std::map<std::string, OptionValue> options = {}, int64_t experts = 3, int64_t max_experts = 0,
                                     NoiseSpec noise = {}) {
@@ -80,7 +80,7 @@ TEST_CASE("soft_moe oracle (spec 3.6): dispatch, combine, slots and y") {
   const Tensor x_TD = numbers({{1, 0}, {0, 1}, {1, 1}});
   const RouteOutput out = route(*router, RouteCase(x_TD));
   CHECK(printed_digits_agree(out.probes.at("logits"), numbers({{1, 0}, {0, 1}, {.7071, .7071}})));
-  const SoftMatrices matrices = soft_matrices(soft(out), 0);
+  const SoftMatrices matrices = soft_matrices(soft_plan(out), 0);
   CHECK(printed_digits_agree(matrices.dispatch_MS, numbers({{.4730, .1740}, {.1740, .4730}, {.3529, .3529}})));
   CHECK(printed_digits_agree(matrices.combine_MS, numbers({{.7311, .2689}, {.2689, .7311}, {.5, .5}})));
   CHECK(printed_digits_agree(matrices.dispatch_MS.t().mm(x_TD), numbers({{.8260, .5270}, {.5270, .8260}})));
@@ -95,7 +95,7 @@ TEST_CASE("soft_moe equals plain loops on interleaved sequences of different len
   const RouteOutput out = route(*router, RouteCase(x_TD).sequences(sequence));
   for (int64_t b = 0; b < 3; ++b) {
     const Tensor row_M = longs_of(sequence).eq(b).nonzero().squeeze(1);
-    const SoftMatrices found = soft_matrices(soft(out), b);
+    const SoftMatrices found = soft_matrices(soft_plan(out), b);
     CHECK(found.row_M.equal(row_M));
     check_matrices(found, slow_soft(x_TD.index_select(0, row_M), find_tensor(*router, "phi"), 1.7, 0.01));
   }
@@ -106,7 +106,7 @@ TEST_CASE("soft_moe invariants (spec 3.6): columns of D and rows of C sum to 1, 
     const auto router = soft_router({{"normalise", normalise}});
     const Tensor x_TD = random_tensor(5, {9, 4});
     const RouteOutput out = route(*router, RouteCase(x_TD));
-    const SoftMatrices matrices = soft_matrices(soft(out), 0);
+    const SoftMatrices matrices = soft_matrices(soft_plan(out), 0);
     CHECK(relative_error(matrices.dispatch_MS.sum(0), at::ones({3}, at::kDouble)) < 1e-12);
     CHECK(relative_error(matrices.combine_MS.sum(1), at::ones({9}, at::kDouble)) < 1e-12);
     if (!normalise) CHECK(relative_error(out.probes.at("logits"), x_TD.mm(find_tensor(*router, "phi").detach().t()) * 1.7) < 1e-12);
@@ -131,7 +131,7 @@ TEST_CASE("soft_moe invariants (spec 3.6): identity experts give C·DᵀX, and e
   const auto router = soft_router({{"slots_per_expert", int64_t{2}}});
   const Tensor x_TD = random_tensor(5, {6, 4});
   const RouteOutput out = route(*router, RouteCase(x_TD));
-  const SoftMatrices matrices = soft_matrices(soft(out), 0);
+  const SoftMatrices matrices = soft_matrices(soft_plan(out), 0);
   const FactorBank bank(4, at::ones({3}, at::kDouble));
   const Tensor y_TD = execute(out.plan, bank, {.x_TD = x_TD});
   CHECK(relative_error(y_TD, matrices.combine_MS.mm(matrices.dispatch_MS.t().mm(x_TD))) < 1e-10);
@@ -143,7 +143,7 @@ TEST_CASE("soft_moe invariants (spec 3.6): identity experts give C·DᵀX, and e
 TEST_CASE("soft_moe edge (spec 3.6): the slots of a sequence of one row all hold that row; E = 1 with P = M is no identity") {
   const Tensor x_TD = random_tensor(5, {1, 4});
   const RouteOutput one = route(*soft_router(), RouteCase(x_TD));
-  CHECK(relative_error(soft_matrices(soft(one), 0).dispatch_MS, at::ones({1, 3}, at::kDouble)) < 1e-12);
+  CHECK(relative_error(soft_matrices(soft_plan(one), 0).dispatch_MS, at::ones({1, 3}, at::kDouble)) < 1e-12);
   const Tensor four_TD = random_tensor(6, {4, 4});
   const RouteOutput out = route(*soft_router({{"slots_per_expert", int64_t{4}}}, 1), RouteCase(four_TD));
   const FactorBank bank(4, at::ones({1}, at::kDouble));
@@ -159,7 +159,7 @@ TEST_CASE("soft_moe's ablations: uniform weights and identity, in dispatch and i
       INFO(dispatch << " / " << combine);
       auto options = two;
       options["dispatch"] = word(dispatch), options["combine"] = word(combine);
-      const SoftMatrices found = soft_matrices(soft(route(*soft_router(options), RouteCase(x_TD))), 0);
+      const SoftMatrices found = soft_matrices(soft_plan(route(*soft_router(options), RouteCase(x_TD))), 0);
       const Tensor eye = at::eye(6, at::kDouble), sixth = at::full({6, 6}, 1.0 / 6, at::kDouble);
       const auto expected = [&](const std::string& kind, const Rows& rows) {
         return kind == "soft" ? numbers(rows) : kind == "uniform" ? sixth : eye;
@@ -185,9 +185,9 @@ TEST_CASE("soft_moe gives experts that are not there yet no weight and no gradie
     const std::map<std::string, OptionValue> options{{"slots_per_expert", int64_t{2}}, {"dispatch", word(kind)}, {"combine", word(kind)}};
     const auto small = soft_router(options, 3), roomy = soft_router(options, 3, 5);
     set_tensor(*roomy, "phi", at::cat({find_tensor(*small, "phi").detach(), random_tensor(8, {4, 4})}));
-    const SoftMatrices few = soft_matrices(soft(route(*small, RouteCase(x_TD))), 0);
+    const SoftMatrices few = soft_matrices(soft_plan(route(*small, RouteCase(x_TD))), 0);
     const RouteOutput out = route(*roomy, RouteCase(x_TD));
-    const SoftMatrices many = soft_matrices(soft(out), 0);
+    const SoftMatrices many = soft_matrices(soft_plan(out), 0);
     REQUIRE(many.dispatch_MS.sizes() == at::IntArrayRef({6, 10}));
     CHECK(many.dispatch_MS.equal(at::cat({few.dispatch_MS, at::zeros({6, 4}, at::kDouble)}, 1)));
     CHECK(many.combine_MS.equal(at::cat({few.combine_MS, at::zeros({6, 4}, at::kDouble)}, 1)));
@@ -209,13 +209,13 @@ TEST_CASE("soft_moe adds noise in training only, given or drawn by row, and none
   for (int64_t t = 0; t < 5; ++t)
     for (int64_t s = 0; s < 3; ++s) noise[t][s] = 0.5 * draw_TS[t][s].item<double>();
   const RouteOutput given = route(*noisy, RouteCase(x_TD).train().noise(draw_TS));
-  check_matrices(soft_matrices(soft(given), 0), slow_soft(x_TD, find_tensor(*noisy, "phi"), 1.7, 1e-6, noise));
-  const Tensor clean = soft_matrices(soft(route(*plain, RouteCase(x_TD).train())), 0).combine_MS;
-  CHECK(soft_matrices(soft(route(*noisy, RouteCase(x_TD).noise(draw_TS))), 0).combine_MS.equal(clean));
+  check_matrices(soft_matrices(soft_plan(given), 0), slow_soft(x_TD, find_tensor(*noisy, "phi"), 1.7, 1e-6, noise));
+  const Tensor clean = soft_matrices(soft_plan(route(*plain, RouteCase(x_TD).train())), 0).combine_MS;
+  CHECK(soft_matrices(soft_plan(route(*noisy, RouteCase(x_TD).noise(draw_TS))), 0).combine_MS.equal(clean));
   CHECK(given.probes.at("logits").equal(route(*plain, RouteCase(x_TD)).probes.at("logits")));
-  const Tensor drawn = soft_matrices(soft(route(*noisy, RouteCase(x_TD).train().seed(1))), 0).combine_MS;
-  CHECK(drawn.equal(soft_matrices(soft(route(*noisy, RouteCase(x_TD).train().seed(1))), 0).combine_MS));
-  CHECK_FALSE(drawn.equal(soft_matrices(soft(route(*noisy, RouteCase(x_TD).train().seed(2))), 0).combine_MS));
+  const Tensor drawn = soft_matrices(soft_plan(route(*noisy, RouteCase(x_TD).train().seed(1))), 0).combine_MS;
+  CHECK(drawn.equal(soft_matrices(soft_plan(route(*noisy, RouteCase(x_TD).train().seed(1))), 0).combine_MS));
+  CHECK_FALSE(drawn.equal(soft_matrices(soft_plan(route(*noisy, RouteCase(x_TD).train().seed(2))), 0).combine_MS));
   CHECK(noisy->facts().noisy_in_training);
   CHECK_FALSE(plain->facts().noisy_in_training);
   CHECK_THROWS_AS(route(*noisy, RouteCase(x_TD).train().noise(random_tensor(6, {5, 4}))), Error);
@@ -238,10 +238,10 @@ TEST_CASE("soft_moe learns phi and scale unless neither matrix is soft; gradient
 
 TEST_CASE("soft_moe takes no rows, one expert, rows of zeros and equal rows; it refuses rows that are not finite") {
   const auto router = soft_router();
-  for (const int64_t rows : {0, 1, 2}) CHECK(soft(route(*router, RouteCase(at::zeros({rows, 4}, at::kDouble)))).query_TD.size(0) == rows);
-  const SoftMatrices equal = soft_matrices(soft(route(*router, RouteCase(at::ones({5, 4}, at::kDouble)))), 0);
+  for (const int64_t rows : {0, 1, 2}) CHECK(soft_plan(route(*router, RouteCase(at::zeros({rows, 4}, at::kDouble)))).query_TD.size(0) == rows);
+  const SoftMatrices equal = soft_matrices(soft_plan(route(*router, RouteCase(at::ones({5, 4}, at::kDouble)))), 0);
   CHECK(relative_error(equal.dispatch_MS, at::full({5, 3}, 0.2, at::kDouble)) < 1e-12);
-  CHECK(relative_error(soft_matrices(soft(route(*soft_router({}, 1), RouteCase(random_tensor(2, {5, 4})))), 0).combine_MS,
+  CHECK(relative_error(soft_matrices(soft_plan(route(*soft_router({}, 1), RouteCase(random_tensor(2, {5, 4})))), 0).combine_MS,
                        at::ones({5, 1}, at::kDouble)) < 1e-12);
   Tensor bad_TD = random_tensor(2, {5, 4});
   bad_TD[3][1] = NAN;
