@@ -4,6 +4,7 @@
 #include "core/router.h"
 #include "core/select.h"
 
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -211,6 +212,11 @@ Tensor served(const CapacityPolicy& policy, const RouteInput& in, const Tensor& 
 
 int64_t total_places(const CapacityPolicy& policy, const RouteInput& in, int64_t experts, int64_t k) {
   if (policy.mode == Mode_::kNone) return 0;
+  if (spans_ranks(policy, in)) {
+    const Tensor rows = at::full({1}, in.rows(), at::kLong);
+    in.comm->all_reduce(rows);
+    return in.comm->rank() == 0 ? policy.places(rows.item<int64_t>(), experts, k) * experts : 0;
+  }
   int64_t total = 0;
   for (const int64_t rows : rows_per_scope(policy, in)) total += policy.places(rows, experts, k) * experts;
   return total;

@@ -41,7 +41,8 @@ CapacityPolicy capacity_policy(const Options& options, const CapacityPolicy& pap
 Tensor served(const CapacityPolicy& policy, const RouteInput& in, const Tensor& choice_TK, const Tensor& allowed_TK,
               const Tensor& priority_TK, int64_t experts, int64_t k);
 
-// Σ over scopes and experts of places(): the denominator of capacity utilisation.
+// Σ over scopes and experts of places(): the denominator of capacity utilisation. Where all ranks share one scope, its places
+// are counted once, on rank 0, so that ranks can be summed.
 int64_t total_places(const CapacityPolicy& policy, const RouteInput& in, int64_t experts, int64_t k);
 
 }  // namespace moelab

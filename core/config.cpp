@@ -3,11 +3,13 @@
 #include "core/config_node.h"
 #include "core/error.h"
 
+#include <CLI/StringTools.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <filesystem>
 
 namespace moelab {
 namespace {
@@ -52,8 +54,28 @@ OptionValue config_option_value(const OptionSpec& spec, const ConfigNode& node) 
                                       with_article(type_name(spec.default_value))));
 }
 
+// The resolved config lies in another folder, so it needs whole paths.
+std::string whole_path(const std::string& written, const ConfigPlace& place) {
+  namespace fs = std::filesystem;
+  const fs::path beside = fs::path(place.file).parent_path() / written;
+  const bool from_file = place.line > 0 && fs::exists(beside);
+  return fs::absolute(from_file ? beside : fs::path(written)).lexically_normal().string();
+}
+
+std::string whole_paths(const OptionSpec& spec, const std::string& written, const ConfigPlace& place) {
+  if (spec.paths == OptionSpec::Paths::kOne) return written.empty() ? written : whole_path(written, place);
+  std::string whole;
+  for (const std::string& word : CLI::detail::split(written, ',')) {
+    const std::string path = CLI::detail::trim_copy(word);
+    if (!path.empty()) whole += (whole.empty() ? "" : ", ") + whole_path(path, place);
+  }
+  return whole;
+}
+
 void set_config_option(Options& options, const OptionSpec& spec, const ConfigNode& node) {
   OptionValue value = config_option_value(spec, node);
+  if (spec.paths != OptionSpec::Paths::kNone && std::holds_alternative<std::string>(value))
+    value = node.whole_paths = whole_paths(spec, std::get<std::string>(value), node.place);
   try {
     options.set(spec, std::move(value));
   } catch (const Error& error) {

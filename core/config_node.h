@@ -35,6 +35,7 @@ struct ConfigNode {
   std::variant<bool, int64_t, double, std::string, ConfigList, ConfigMap> value;
   bool superseded = false;       // written before its table's `name` was changed: it may be the old plugin's option
   mutable bool ignored = false;  // and it was: no part of the resolved config
+  mutable std::string whole_paths = {};  // what a reader made of relative paths; the resolved config says it instead
 
   const ConfigMap* map() const { return std::get_if<ConfigMap>(&value); }
   const ConfigList* list() const { return std::get_if<ConfigList>(&value); }

@@ -33,7 +33,8 @@ std::string toml_value(const ConfigNode& node) {
   if (const auto* flag = std::get_if<bool>(&node.value)) return to_text(OptionValue(*flag));
   if (const auto* integer = std::get_if<int64_t>(&node.value)) return to_text(OptionValue(*integer));
   if (const auto* real = std::get_if<double>(&node.value)) return to_text(OptionValue(*real));
-  if (const auto* text = std::get_if<std::string>(&node.value)) return to_text(OptionValue(*text));
+  if (const auto* text = std::get_if<std::string>(&node.value))
+    return to_text(OptionValue(node.whole_paths.empty() ? *text : node.whole_paths));
   return node.list() ? toml_inline(*node.list()) : toml_inline(*node.map());
 }
 

@@ -36,9 +36,32 @@ void add_counts(std::vector<int64_t>& to, const std::vector<int64_t>& from) {
   for (size_t e = 0; e < from.size(); ++e) to[e] += from[e];
 }
 
+std::vector<int64_t> rows_while_active(const Tensor& active_E, int64_t experts, int64_t rows) {
+  std::vector<int64_t> rows_E(static_cast<size_t>(experts), rows);
+  if (!active_E.defined()) return rows_E;
+  const Tensor flags_E = active_E.to(at::kBool).cpu().contiguous();
+  for (int64_t e = 0; e < experts; ++e)
+    if (!flags_E.const_data_ptr<bool>()[e]) rows_E[static_cast<size_t>(e)] = 0;
+  return rows_E;
+}
+
+// Experts that were never there hold no places either.
+int64_t places_of_active(int64_t places, const Tensor& active_E) {
+  return active_E.defined() ? places / active_E.numel() * active_E.ne(0).sum().item<int64_t>() : places;
+}
+
+// The counts of the experts that were there.
+std::vector<int64_t> active_only(const std::vector<int64_t>& counts_E, const RoutingRecord& record) {
+  std::vector<int64_t> counts;
+  for (size_t e = 0; e < counts_E.size(); ++e)
+    if (record.active_E[e] > 0) counts.push_back(counts_E[e]);
+  return counts;
+}
+
 // Every integer of a record, so that one collective carries them.
 std::vector<int64_t*> integers_of(RoutingRecord& record) {
   std::vector<int64_t*> all;
+  for (int64_t& count : record.active_E) all.push_back(&count);
   for (int64_t& count : record.chosen_E) all.push_back(&count);
   for (int64_t& count : record.accepted_E) all.push_back(&count);
   for (int64_t* count : {&record.rows, &record.left_behind, &record.dropped, &record.places, &record.entropy_rows})
@@ -84,18 +107,23 @@ void add_load_metrics(std::map<std::string, double>& metrics, const std::vector<
 
 void add_sparse_metrics(std::map<std::string, double>& metrics, const RoutingRecord& record) {
   if (record.rows == 0) return;
-  const auto& chosen_E = record.chosen_E;
-  add_load_metrics(metrics, chosen_E);
-  metrics["dead"] = std::count(chosen_E.begin(), chosen_E.end(), 0);
-  metrics["dropped"] = ratio(record.dropped, pairs_in(chosen_E));
+  const std::vector<int64_t> chosen_A = active_only(record.chosen_E, record);
+  add_load_metrics(metrics, chosen_A);
+  metrics["dead"] = std::count(chosen_A.begin(), chosen_A.end(), 0);
+  metrics["dropped"] = ratio(record.dropped, pairs_in(chosen_A));
   metrics["left_behind"] = ratio(record.left_behind, record.rows);
   metrics["capacity_used"] = ratio(pairs_in(record.accepted_E), record.places);
 }
 
 }  // namespace
 
+int64_t RoutingRecord::active_experts() const {
+  return std::count_if(active_E.begin(), active_E.end(), [](int64_t rows_active) { return rows_active > 0; });
+}
+
 void RoutingRecord::add(const RoutingRecord& other) {
   experts = std::max(experts, other.experts);
+  add_counts(active_E, other.active_E);
   add_counts(chosen_E, other.chosen_E);
   add_counts(accepted_E, other.accepted_E);
   rows += other.rows;
@@ -115,12 +143,13 @@ void RoutingRecord::all_reduce(Comm& comm) {
   comm.all_reduce(at::from_blob(&entropy_sum, {1}, at::kDouble));
 }
 
-RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts) {
+RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts, const Tensor& active_E) {
   const at::NoGradGuard no_grad;
   RoutingRecord record;
   record.experts = experts;
   record.rows = in.rows();
-  record.places = out.places;
+  record.active_E = rows_while_active(active_E, experts, in.rows());
+  record.places = places_of_active(out.places, active_E);
   if (out.assignment.defined()) record_assignment(record, out.assignment);
   if (!out.scores.loss_TE.defined()) return record;
   record.entropy_sum = entropy_of_rows(out.scores.loss_TE.to(at::kDouble)).sum().item<double>();
@@ -133,11 +162,12 @@ std::map<std::string, double> metrics_of(const RoutingRecord& record) {
   for (const MetricDoc& doc : metric_docs()) metrics[doc.name] = kUnknown;
   if (!record.chosen_E.empty()) add_sparse_metrics(metrics, record);
   if (record.entropy_rows > 0)
-    metrics["router_entropy"] = normalised(record.entropy_sum / record.entropy_rows, record.experts);
+    metrics["router_entropy"] = normalised(record.entropy_sum / record.entropy_rows, record.active_experts());
   return metrics;
 }
 
-// c_e pairs that chose e before the capacity, a_e accepted ones, C_e places, f_e = c_e / Σc, T rows.
+// c_e pairs that chose e before the capacity, a_e accepted ones, C_e places, f_e = c_e / Σc, T rows, E the experts that were
+// active at some time in the window.
 const std::vector<MetricDoc>& metric_docs() {
   static const std::vector<MetricDoc> docs = {
       {"load_cv2", "Var(c)/mean(c)²", "0 … E/k-1", "imbalance; uniform random routing gives (E-k)/(kT), never 0 [B1]"},
@@ -147,7 +177,7 @@ const std::vector<MetricDoc>& metric_docs() {
       {"min_over_mean", "min c/mean c", "0 … 1", "near 0: an expert starves [B7]"},
       {"load_entropy", "-Σ f ln f/ln E", "ln k/ln E … 1", "evenness of the load; 1 for E = 1 [B9]"},
       {"effective_experts", "exp(-Σ f ln f)", "k … E", "how many evenly loaded experts would be as uneven [B10]"},
-      {"dead", "#{e: c_e = 0}", "0 … E-k", "experts that no row chose in this window [B11]"},
+      {"dead", "#{e: c_e = 0}", "0 … E-k", "active experts that no row chose in this window [B11]"},
       {"dropped", "(Σc - Σa)/Σc", "0 … 1", "share of pairs that did not fit [B14]"},
       {"left_behind", "#{t without accepted expert}/T", "0 … 1", "share of rows that the layer passes by [B15]"},
       {"capacity_used", "Σa/ΣC", "0 … 1", "share of places filled; not a number without a capacity [B16]"},

@@ -14,6 +14,7 @@ namespace moelab {
 // Additive counters of one site (spec ids in brackets refer to the balance metrics B1–B21 of the diagnostics literature).
 struct RoutingRecord {
   int64_t experts = 0;              // not summed: equal in all records of a site
+  std::vector<int64_t> active_E;    // rows that could have chosen each expert: 0 = it was not there at any time
   std::vector<int64_t> chosen_E;    // pairs per expert before the capacity, without refused ones; empty: no sparse plan
   std::vector<int64_t> accepted_E;  // after it
   int64_t rows = 0;
@@ -23,15 +24,17 @@ struct RoutingRecord {
   double entropy_sum = 0;           // Σ_t H(p_t) in nats
   int64_t entropy_rows = 0;         // 0 where the router has no probabilities
 
+  int64_t active_experts() const;   // how many were there at some time
   void add(const RoutingRecord& other);
   void all_reduce(Comm& comm);
 };
 
-RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts);
+// `active_E` is Router::active_experts_E(): undefined = all.
+RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts, const Tensor& active_E = {});
 
-// Ratios of a record: load_cv2, max_violation, max_over_mean, min_over_mean, load_entropy (normalised), effective_experts,
-// dead (count), dropped (share of pairs), left_behind (share of rows), capacity_used, router_entropy (normalised).
-// What cannot be formed (no rows, no capacity) is NaN.
+// Ratios of a record over the experts that were active at some time (E is their number): load_cv2, max_violation,
+// max_over_mean, min_over_mean, load_entropy (normalised), effective_experts, dead (count), dropped (share of pairs),
+// left_behind (share of rows), capacity_used, router_entropy (normalised). What cannot be formed (no rows, no capacity) is NaN.
 std::map<std::string, double> metrics_of(const RoutingRecord& record);
 
 struct MetricDoc {

@@ -109,6 +109,8 @@ void ExpertBank::permute(const std::vector<int64_t>& old_of_new) {
 
 template class Registry<ExpertEntry>;
 
+int64_t hidden_width(int64_t asked, int64_t model_width) { return asked > 0 ? asked : 4 * model_width; }
+
 std::unique_ptr<ExpertBank> make_experts(const std::string& name, ExpertSpec spec) {
   const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(name);
   std::unique_ptr<ExpertBank> bank = entry.make(std::move(spec));

@@ -112,6 +112,9 @@ struct ExpertEntry {
   std::source_location where = std::source_location::current();
 };
 
+// The hidden width that an option `width` asks for: 0 = 4·D.
+int64_t hidden_width(int64_t asked, int64_t model_width);
+
 std::unique_ptr<ExpertBank> make_experts(const std::string& name, ExpertSpec spec);
 
 }  // namespace moelab

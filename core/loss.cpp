@@ -7,11 +7,19 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <limits>
+
 namespace moelab {
 
 template class Registry<LossEntry>;
 
 Loss::~Loss() = default;
+
+Landmarks Loss::landmarks_among(int64_t active, int64_t experts, int64_t k) const {
+  Landmarks marks = landmarks(experts, k);
+  if (active != experts) marks.balance = std::numeric_limits<double>::quiet_NaN();
+  return marks;
+}
 
 namespace {
 

@@ -31,7 +31,8 @@ struct LossStatistics {
   int64_t rows = 0;
 };
 
-// The value of a loss at two landmarks, so that a reading can be judged. NaN where the loss has none.
+// The value of a loss at two landmarks, so that a reading can be judged. NaN where the loss has none. In a layer with room to
+// grow, E of the formulas stays max_experts; balance then means an even share for each *active* expert.
 struct Landmarks {
   double balance;   // every expert gets the same share, probabilities uniform
   double collapse;  // all rows choose the same k experts, probability 1 spread over them
@@ -52,7 +53,10 @@ class Loss {
   // Terms of all layers form one value from summed statistics, instead of one value each.
   virtual bool pooled_over_layers() const { return false; }
 
+  // With all experts active.
   virtual Landmarks landmarks(int64_t experts, int64_t k) const = 0;
+  // With `active` of them: rows that all choose the same k collapse alike; balance over fewer is known where overridden.
+  virtual Landmarks landmarks_among(int64_t active, int64_t experts, int64_t k) const;
 };
 
 struct LossEntry {
@@ -82,7 +86,7 @@ std::vector<LossStatistics> collect_statistics(const Loss& loss, LossScope scope
 Tensor local_value(const LossTerm& term, const std::vector<LossStatistics>& statistics, const Router& router);
 
 // ∂value/∂S at the step's total S, without gradient: what a micro-batch multiplies its own S with. No other tensor's .grad
-// moves, whatever value() reads of the router.
+// moves: the gradient of what value() reads of the router is the trainer's to take, once per step.
 std::vector<Tensor> statistics_gradient(const Loss& loss, const LossStatistics& total, const Router& router);
 
 // ⟨gradient, S⟩, on the graph of S.

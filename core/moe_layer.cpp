@@ -48,8 +48,20 @@ const Entry& find_plugin(const Table& table, const std::string& name) {
   }
 }
 
-void read_capacity(const Table& table, const CapacityPolicy& paper, RouterSpec& spec) {
+// A factor without a mode that reads it would be a capacity that somebody believes in and nobody applies.
+void refuse_unread_keys(const Table& table, const Options& own, const Options& merged, const RouterFacts& facts) {
+  const bool paper = merged.text("mode") == "paper";
+  if (!paper && (merged.was_set("mode") || facts.capacity_is_choice)) return;
+  for (const OptionSpec& key : capacity_options())
+    if (key.name != "mode" && own.was_set(key.name))
+      table.fail(key.name, paper ? fmt::format("'{}' is not read with mode = \"paper\", which is the router's own policy", key.name)
+                                 : fmt::format("'{}' is not read without a `mode`; write mode = \"factor\" or another", key.name));
+}
+
+void read_capacity(const Table& table, const RouterEntry& entry, RouterSpec& spec) {
+  const CapacityPolicy& paper = entry.paper_capacity;
   const Options train = table.options(capacity_options(), {"eval"});
+  refuse_unread_keys(table, train, train, entry.facts);
   spec.train_capacity = capacity_policy(train, paper);
   const Table eval = table.child("eval");
   if (!eval.present()) return;  // evaluation without a table of its own drops nothing
@@ -57,6 +69,7 @@ void read_capacity(const Table& table, const CapacityPolicy& paper, RouterSpec& 
   const Options own = eval.options(capacity_options());
   for (const OptionSpec& key : capacity_options())
     if (own.was_set(key.name)) merged.set(key, own.all().at(key.name));
+  refuse_unread_keys(eval, own, merged, entry.facts);
   spec.eval_capacity = capacity_policy(merged, paper);
 }
 
@@ -128,7 +141,7 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
   if (entry.facts.needs_token_ids && spec.vocabulary == 0)
     table.fail("name", fmt::format("router '{}' needs token ids, which this model does not have", entry.name));
   spec.noise = noise_spec(moe.child("noise").options(noise_options()));
-  read_capacity(moe.child("capacity"), entry.paper_capacity, spec);
+  read_capacity(moe.child("capacity"), entry, spec);
   return spec;
 }
 
@@ -141,9 +154,8 @@ std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings) {
   const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(settings.expert);
   const auto width = std::find_if(entry.options.begin(), entry.options.end(), [](const OptionSpec& s) { return s.name == "width"; });
   check_invariant(width != entry.options.end(), "expert '" + settings.expert + "' cannot be shared: it has no width");
-  int64_t each = settings.shared_width;
-  if (each == 0) each = spec.options.integer("width");
-  if (each == 0) each = 4 * spec.width;  // the experts' own default
+  const int64_t routed = hidden_width(spec.options.integer("width"), spec.width);
+  const int64_t each = settings.shared_width > 0 ? settings.shared_width : routed;
   spec.options.set(*width, settings.shared_count * each);
   return make_experts(settings.expert, spec);
 }
@@ -219,7 +231,7 @@ LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCac
   const Tensor shared_TD = shared_output(in.x_TD);
   if (shared_TD.defined()) out.y_TD = out.y_TD.add(shared_TD);
   out.statistics = term_statistics(site_, in, out.routed);
-  out.record = record_of(in, out.routed, settings_.router_spec.max_experts);
+  out.record = record_of(in, out.routed, settings_.router_spec.max_experts, site_.router->active_experts_E());
   return out;
 }
 

@@ -82,6 +82,18 @@ OptionSpec OptionSpec::one_of(std::vector<std::string> words) const {
   return spec;
 }
 
+OptionSpec OptionSpec::as_path() const {
+  OptionSpec spec = *this;
+  spec.paths = Paths::kOne;
+  return spec;
+}
+
+OptionSpec OptionSpec::as_paths() const {
+  OptionSpec spec = *this;
+  spec.paths = Paths::kList;
+  return spec;
+}
+
 OptionSpec option(const std::string& name, bool default_value, const std::string& doc) { return {name, default_value, doc}; }
 OptionSpec option(const std::string& name, int default_value, const std::string& doc) { return {name, int64_t{default_value}, doc}; }
 OptionSpec option(const std::string& name, double default_value, const std::string& doc) { return {name, default_value, doc}; }

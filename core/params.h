@@ -21,10 +21,13 @@ struct OptionSpec {
   double min = -std::numeric_limits<double>::infinity();  // numbers only, inclusive
   double max = std::numeric_limits<double>::infinity();
   std::vector<std::string> choices = {};  // strings only; empty means any
+  enum class Paths { kNone, kOne, kList } paths = Paths::kNone;  // strings only: files, the list separated by commas
 
   OptionSpec at_least(double low) const;
   OptionSpec between(double low, double high) const;
   OptionSpec one_of(std::vector<std::string> words) const;
+  OptionSpec as_path() const;   // relative to the folder of the file that says it, or else to the working folder
+  OptionSpec as_paths() const;  // several of them
 };
 
 // option("k", 2, "experts per row").at_least(1)

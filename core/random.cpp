@@ -144,10 +144,6 @@ Tensor normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::Scala
   return draw_tensor(key, shape, normal_pair).mul_(std).to(dtype);
 }
 
-Tensor uniform_tensor(RandomKey key, at::IntArrayRef shape, double low, double high, at::ScalarType dtype) {
-  return draw_tensor(key, shape, uniform_pair).mul_(high - low).add_(low).to(dtype);
-}
-
 // Inverse of the normal distribution function between -2 and 2. `std` is that of the normal before the cut.
 Tensor truncated_normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::ScalarType dtype) {
   const double mass = std::erf(std::numbers::sqrt2);  // P(|z| < 2)

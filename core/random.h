@@ -31,7 +31,6 @@ Tensor gumbel_rows(RandomKey key, const Tensor& sequence_T, const Tensor& positi
 
 // Draws of a whole tensor, for initial weights: element i depends on (key, i).
 Tensor normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::ScalarType dtype);
-Tensor uniform_tensor(RandomKey key, at::IntArrayRef shape, double low, double high, at::ScalarType dtype);
 // Cut at 2 std, where `std` is that of the normal before the cut (afterwards it is 0.88 of it).
 Tensor truncated_normal_tensor(RandomKey key, at::IntArrayRef shape, double std, at::ScalarType dtype);
 

@@ -46,7 +46,8 @@ const Entry& Registry<Entry>::find(const std::string& name) {
   }
   std::string known;
   for (const std::string& other : names) known += (known.empty() ? "" : ", ") + other;
-  usage_error("nothing is named '" + name + "'" + did_you_mean(name, names) + "; registered: " + known);
+  const std::string hint = did_you_mean(name, names);
+  usage_error("nothing is named '" + name + "'" + (hint.empty() ? ";" : hint) + " registered: " + known);
 }
 
 template <class Entry>

@@ -14,9 +14,14 @@ void Router::prepare(const CorpusStatistics&) {}
 std::vector<Event> Router::end_step(const std::map<std::string, Tensor>&, int64_t) { return {}; }
 RouterFacts Router::facts() const { return entry().facts; }
 
-// Parameters and buffers with one row per expert; routers with other layouts say so themselves.
 Tensor Router::active_experts_E() const { return {}; }
 
+int64_t Router::active_experts() const {
+  const Tensor active_E = active_experts_E();
+  return active_E.defined() ? active_E.sum().item<int64_t>() : spec_.max_experts;
+}
+
+// Parameters and buffers with one row per expert; routers with other layouts say so themselves.
 std::vector<Tensor> Router::per_expert_tensors() const {
   std::vector<Tensor> rows;
   for (const auto& list : {parameters(), buffers()})

@@ -104,6 +104,7 @@ struct RouterFacts {
   bool random_in_eval = false;
   bool stateful = false;           // end_step() moves buffers
   bool variable_k = false;
+  bool capacity_is_choice = false; // experts choose rows: [moe.capacity] says how many, whatever its mode
   bool needs_token_ids = false;
   bool needs_segments = false;
   bool needs_domain = false;
@@ -178,6 +179,7 @@ class Router : public Module {
 
   // Bool [max_experts], the experts that may be chosen now; undefined = all of them. Metrics and losses count these only.
   virtual Tensor active_experts_E() const;
+  int64_t active_experts() const;  // their number
 
   const RouterSpec& spec() const { return spec_; }
   const RouterEntry& entry() const { return *entry_; }

@@ -24,12 +24,10 @@ const Registration<DatasetEntry> bytes_registration{{
     .title = "The bytes of a text file or folder",
     .citation = "the user's own",
     .doc = "One token per byte. Documents are held out whole where there are 20 or more, else the end of the text is.",
-    .options = {{.name = "path", .default_value = std::string(), .doc = "text file, or folder of text files"},
+    .options = {option("path", "", "text file, or folder of text files").as_path(),
                 validation_option(),
-                {.name = "split",
-                 .default_value = std::string("auto"),
-                 .doc = "hold out whole documents, or the last block; auto: by document from 20 documents on",
-                 .choices = {"auto", "document", "block"}}},
+                option("split", "auto", "hold out whole documents, or the last block; auto: by document from 20 documents on")
+                    .one_of({"auto", "document", "block"})},
     .make = make_bytes,
 }};
 

@@ -124,10 +124,11 @@ const std::vector<Kind>& catalogue() {
 const Kind& find_kind(const std::string& name) {
   std::vector<std::string> names;
   for (const Kind& kind : catalogue()) {
-    if (kind.name == name) return kind;
+    if (kind.name == name || kind.name == name + "s") return kind;  // "router" is understood too
     names.push_back(kind.name);
   }
-  usage_error(fmt::format("nothing is called '{}'{}; there are {}", name, did_you_mean(name, names), fmt::join(names, ", ")));
+  const std::string hint = did_you_mean(name, names);
+  usage_error(fmt::format("there is no kind '{}'{} kinds: {}", name, hint.empty() ? ";" : hint, fmt::join(names, ", ")));
 }
 
 Json describe(const Kind& kind, const std::string& name) {
@@ -139,7 +140,8 @@ Json describe(const Kind& kind, const std::string& name) {
     return whole;
   }
   const std::vector<std::string> names = names_of(entries);
-  usage_error(fmt::format("'{}' is none of the {}{}; there are {}", name, kind.name, did_you_mean(name, names), fmt::join(names, ", ")));
+  const std::string hint = did_you_mean(name, names);
+  usage_error(fmt::format("'{}' is none of the {}{} there are {}", name, kind.name, hint.empty() ? ";" : hint, fmt::join(names, ", ")));
 }
 
 Json options_json(const OptionSpecs& specs) {

@@ -48,7 +48,7 @@ double activation_bytes(const Experiment& e) {
 
 Json memory_json(const Experiment& e) {
   const int64_t parameters = bytes_of(e.model->parameters()), trained = bytes_of(e.model->trainable());
-  const int64_t optimizer = trained * (e.train.optimizer.name == "adamw" ? 2 : 1);
+  const int64_t optimizer = parameters * (e.train.optimizer.name == "adamw" ? 2 : 1);  // of frozen ones too: they may thaw
   const auto activations = static_cast<int64_t>(activation_bytes(e));
   return {{"parameters", parameters},
           {"gradients", trained},
@@ -89,7 +89,7 @@ Json learning_rate_json(const TrainSettings& t) {
 
 // Places per expert; null = no limit.
 Json places_json(const CapacityPolicy& policy, int64_t rows, const RouterSpec& spec, int64_t k) {
-  return policy.mode == CapacityPolicy::Mode::kNone ? Json(nullptr) : Json(policy.places(rows, spec.experts, k));
+  return policy.mode == CapacityPolicy::Mode::kNone ? Json(nullptr) : Json(policy.places(rows, spec.max_experts, k));
 }
 
 Json mode_json(const Experiment& e, const Site& site, Mode mode) {
@@ -108,8 +108,8 @@ const char* scope_word(LossScope scope) {
   return scope == LossScope::kMicro ? "micro" : scope == LossScope::kSequence ? "sequence" : "step";
 }
 
-Json loss_json(const LossTerm& term, int64_t experts, int64_t k) {
-  const Landmarks marks = term.loss->landmarks(experts, k);
+Json loss_json(const LossTerm& term, const Router& router, int64_t k) {
+  const Landmarks marks = term.loss->landmarks_among(router.active_experts(), router.spec().max_experts, k);
   return {{"label", term.label},
           {"coefficient", term.coefficient},
           {"scope", scope_word(term.scope)},
@@ -121,12 +121,13 @@ Json layer_json(const Experiment& e, const Site& site) {
   const RouterSpec& spec = site.router->spec();
   const int64_t k = choices_per_row(site.router->facts(), spec);
   Json losses = Json::array();
-  for (const LossTerm& term : site.losses) losses.push_back(loss_json(term, spec.experts, k));
+  for (const LossTerm& term : site.losses) losses.push_back(loss_json(term, *site.router, k));
   return {{"site", site.path},
           {"layer", site.layer},
           {"router", site.router->entry().name},
           {"expert", site.bank->name()},
           {"experts", spec.experts},
+          {"max_experts", spec.max_experts},
           {"k", k == 0 ? Json(nullptr) : Json(k)},
           {"train", mode_json(e, site, Mode::kTrain)},
           {"eval", mode_json(e, site, Mode::kEval)},

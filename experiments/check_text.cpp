@@ -52,9 +52,11 @@ std::string loss_text(const Json& loss) {
 
 std::string layer_text(const Json& layer) {
   const Json& k = layer.at("k");
-  std::string text = fmt::format("\n{}: {}, {} {} experts, k = {}\n", layer.at("site").get<std::string>(),
+  const Json& most = layer.at("max_experts");
+  const std::string room = most == layer.at("experts") ? "" : fmt::format(" (room for {})", most.dump());
+  std::string text = fmt::format("\n{}: {}, {} {} experts{}, k = {}\n", layer.at("site").get<std::string>(),
                                  layer.at("router").get<std::string>(), layer.at("experts").dump(),
-                                 layer.at("expert").get<std::string>(), k.is_null() ? "varies" : k.dump());
+                                 layer.at("expert").get<std::string>(), room, k.is_null() ? "varies" : k.dump());
   TextRows rows{{"training", mode_text(layer.at("train"))}, {"evaluation", mode_text(layer.at("eval"))}};
   for (const Json& loss : layer.at("losses")) rows.push_back({"loss", loss_text(loss)});
   if (layer.at("losses").empty()) rows.push_back({"loss", "none"});

@@ -86,8 +86,18 @@ std::string description_text(const Kind& kind, const Json& entry) {
   return text;
 }
 
+std::string kinds_text() {
+  TextRows rows;
+  for (const Kind& kind : catalogue()) rows.push_back({kind.name, fmt::format("{} of them", kind.list().size())});
+  return aligned_text(rows);
+}
+
 void run_list(const ListArguments& arguments) {
   for (const std::string& path : arguments.plugins) load_plugin(path);
+  if (arguments.kind.empty()) {
+    fmt::print("{}", kinds_text());
+    return;
+  }
   const Json entries = find_kind(arguments.kind).list();
   fmt::print("{}", arguments.json ? entries.dump(2) + "\n" : list_text(entries));
 }
@@ -101,7 +111,7 @@ void run_describe(const ListArguments& arguments) {
 
 CLI::App* add_kind_verb(CLI::App& app, const char* name, const char* what, ListArguments& arguments) {
   CLI::App* verb = app.add_subcommand(name, what);
-  verb->add_option("KIND", arguments.kind, "routers, experts, losses, objectives, datasets or metrics")->required();
+  verb->add_option("KIND", arguments.kind, "routers, experts, losses, objectives, datasets or metrics");
   verb->add_option("--plugin", arguments.plugins, "a shared library with plugins of your own, loaded first");
   verb->add_flag("--json", arguments.json, "print one JSON document");
   return verb;
@@ -115,6 +125,7 @@ void add_list_command(CLI::App& app) {
   list->footer("Example: moelab list routers");
   list->callback([arguments] { run_list(*arguments); });
   CLI::App* described = add_kind_verb(app, "describe", "equation, options, paper and facts of one of them", *arguments);
+  described->get_option("KIND")->required();
   described->add_option("NAME", arguments->name, "as `list` prints it")->required();
   described->footer("Example: moelab describe routers switch");
   described->callback([arguments] { run_describe(*arguments); });

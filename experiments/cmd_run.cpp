@@ -12,7 +12,6 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
-#include <chrono>
 #include <exception>
 #include <filesystem>
 #include <memory>
@@ -51,20 +50,21 @@ void end_interrupted(Outcome outcome, const RunFolder& folder, int64_t step) {
 }
 
 // The error itself goes on to the user, also where a full disk takes no word of it.
-void record_failure(RunFolder& folder, RecordWriter& records, int64_t step, const std::exception& failure) {
+void record_failure(RunFolder& folder, RecordWriter& records, const Experiment& experiment, const Trainer& trainer,
+                    const std::exception& failure) {
   const auto* known = dynamic_cast<const Error*>(&failure);
-  const bool diverged = known && known->code() == ExitCode::kDiverged;
+  const char* outcome = known && known->code() == ExitCode::kDiverged ? "diverged" : "failed";
   try {
     const std::string line = first_line(failure.what());  // LibTorch appends a backtrace with the machine's paths
-    records.event(step, diverged ? "diverged" : "failed", {{"message", line}});
+    records.event(trainer.step(), outcome, {{"message", line}});
     folder.set_status(fmt::format("failed: {}", line));
+    write_summary(folder, summarise(experiment, trainer, outcome, records.seconds(), {}, line));
   } catch (const Error&) {
   }
 }
 
 // Trains from where `checkpoint` left off (null: from the start), and reports.
 void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoint, const RunArguments& arguments) {
-  const auto start = std::chrono::steady_clock::now();
   RecordWriter records(folder);
   StatusLine status;
   std::vector<Observer*> observers{&records};
@@ -84,18 +84,17 @@ void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoi
   try {
     outcome = trainer.run();
   } catch (const std::exception& error) {
-    record_failure(folder, records, trainer.step(), error);
+    record_failure(folder, records, experiment, trainer, error);
     throw;
   }
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const bool done = outcome == Outcome::kDone;
-  const nlohmann::json summary = summarise(experiment, trainer, outcome_word(outcome), seconds,
+  const nlohmann::json summary = summarise(experiment, trainer, outcome_word(outcome), records.seconds(),
                                            done ? ngram_baselines(experiment) : std::vector<double>{});
   write_summary(folder, summary);
   folder.set_status(outcome_word(outcome));
   if (!done) end_interrupted(outcome, folder, trainer.step());
   if (arguments.json) fmt::print("{}\n", summary.dump(2));
-  else fmt::print("{}", final_text(experiment, summary, sample_text(experiment, kSampleBytes), folder.path()));
+  else fmt::print("{}", final_text(experiment, summary, sample_text(experiment, kSampleBytes, trainer.step()), folder.path()));
 }
 
 void run(const RunArguments& arguments) {
@@ -132,7 +131,9 @@ void eval(const RunArguments& arguments) {
   for (const std::string& warning : checkpoint.warnings) fmt::print(stderr, "moelab: {}\n", warning);
   restore_model(checkpoint, *experiment.model);
   const std::shared_ptr<Comm> comm = single_comm();
-  const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, 0, experiment.train.batch, experiment.train.seed, *comm);
+  const TrainSettings& train = experiment.train;
+  const EvalSettings settings{0, train.batch, train.seed, checkpoint.step, train.steps};
+  const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, settings, *comm);
   nlohmann::json out{{"step", checkpoint.step}};
   for (const auto& [name, value] : evaluation_metrics(evaluation)) out[name] = value;
   if (arguments.json) fmt::print("{}\n", out.dump(2));

@@ -114,11 +114,20 @@ Json loss_details(const std::string& name) {
   const LossEntry& entry = Registry<LossEntry>::instance().find(name);
   const auto loss = entry.make(Options(entry.options), RouterEntry{});
   Json values = Json::array();
-  for (const int64_t k : {int64_t{1}, int64_t{2}}) {
-    const Landmarks marks = loss->landmarks(kExampleExperts, k);
-    values.push_back({{"experts", kExampleExperts}, {"k", k}, {"at_balance", example_value(marks.balance)}, {"at_collapse", example_value(marks.collapse)}});
+  for (const int64_t active : {kExampleExperts, kExampleExperts / 2}) {  // the second half: a layer with room to grow
+    for (const int64_t k : {int64_t{1}, int64_t{2}}) {
+      const Landmarks marks = loss->landmarks_among(active, kExampleExperts, k);
+      values.push_back({{"active", active},
+                        {"experts", kExampleExperts},
+                        {"k", k},
+                        {"at_balance", example_value(marks.balance)},
+                        {"at_collapse", example_value(marks.collapse)}});
+    }
   }
-  return {{"equation", entry.equation}, {"values", values}, {"attaches_to", attachments_json(entry)}};
+  return {{"equation", entry.equation},
+          {"values", values},
+          {"values_with_room_to_grow", "E is max_experts; balance is an even share for each active expert"},
+          {"attaches_to", attachments_json(entry)}};
 }
 
 Json objective_details(const std::string& name) { return {{"equation", Registry<ObjectiveEntry>::instance().find(name).equation}}; }

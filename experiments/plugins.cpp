@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "core/io/files.h"
 #include "core/plugin.h"
+#include "trainers/settings.h"
 
 #include <CLI/StringTools.hpp>
 #include <dlfcn.h>
@@ -45,16 +46,6 @@ void refuse_foreign_build(const std::string& path) {
       usage_error(fmt::format("plugin '{}' was built with {}, this program with {}; build it again", path, theirs[i], ours[i]));
 }
 
-std::string folder_of_place(const std::string& place) {
-  const std::string file = place.substr(0, place.rfind(':', place.rfind(':') - 1));
-  return std::filesystem::path(file).parent_path().string();
-}
-
-std::string plugin_path(const Table& root, const std::string& written) {
-  const std::filesystem::path beside = std::filesystem::path(folder_of_place(root.place_of("plugins"))) / written;
-  return std::filesystem::exists(beside) ? beside.string() : written;
-}
-
 }  // namespace
 
 void load_plugin(const std::string& path) {
@@ -65,12 +56,11 @@ void load_plugin(const std::string& path) {
 }
 
 void load_plugins(const Table& root) {
-  const std::string list = root.options({option("plugins", "", "")}, root.keys()).text("plugins");
+  const std::string list = root.options({plugins_option()}, root.keys()).text("plugins");
   for (const std::string& word : CLI::detail::split(list, ',')) {
-    const std::string written = CLI::detail::trim_copy(word);
-    if (written.empty()) continue;
+    if (word.empty()) continue;
     try {
-      load_plugin(plugin_path(root, written));
+      load_plugin(CLI::detail::trim_copy(word));
     } catch (const Error& error) {
       root.fail("plugins", error.what());
     }

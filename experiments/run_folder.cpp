@@ -30,11 +30,20 @@ const char* event_name(Event::Kind kind) {
   return "?";
 }
 
+size_t start_of_last_line(const std::string& text) { return text.size() < 2 ? 0 : text.rfind('\n', text.size() - 2) + 1; }
+
+// When the last record was written, in seconds of the run; 0 without one.
+double last_seconds(const std::string& path) {
+  if (!fs::exists(path)) return 0;
+  const std::string text = read_file(path);
+  return text.empty() ? 0 : nlohmann::json::parse(text.substr(start_of_last_line(text))).at("seconds").get<double>();
+}
+
 // The final evaluation follows the last checkpoint, so a run that goes on from there writes it again.
 void drop_final_evaluation(const std::string& path) {
   if (!fs::exists(path)) return;
   const std::string text = read_file(path);
-  const size_t last = text.size() < 2 ? 0 : text.rfind('\n', text.size() - 2) + 1;  // 0 where there is one line
+  const size_t last = start_of_last_line(text);
   if (text.empty() || !nlohmann::json::parse(text.substr(last)).value("final", false)) return;
   write_file_atomically(path, text.substr(0, last));
 }
@@ -89,10 +98,13 @@ void RunFolder::drop_records_after(int64_t step) {
   truncate_after_step(file("events.jsonl"), step);
 }
 
-RecordWriter::RecordWriter(const RunFolder& folder) : metrics_(folder.file("metrics.jsonl")), events_(folder.file("events.jsonl")) {}
+RecordWriter::RecordWriter(const RunFolder& folder)
+    : metrics_(folder.file("metrics.jsonl")), events_(folder.file("events.jsonl")),
+      before_(std::max(last_seconds(folder.file("metrics.jsonl")), last_seconds(folder.file("events.jsonl")))),
+      window_start_(before_) {}
 
 double RecordWriter::seconds() const {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  return before_ + std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
 }
 
 // Steps are written as the number of finished ones, so that a checkpoint's step and the last record before it agree.
@@ -129,8 +141,15 @@ void RecordWriter::event(int64_t step, const std::string& kind, const nlohmann::
 std::map<std::string, double> evaluation_metrics(const Evaluation& evaluation) {
   std::map<std::string, double> m{{"eval.loss", evaluation.loss}, {"eval.bits_per_byte", evaluation.bits_per_byte},
                                   {"eval.accuracy", evaluation.accuracy}, {"eval.tokens", static_cast<double>(evaluation.tokens)}};
-  for (size_t s = 0; s < evaluation.labels.size(); ++s)
-    for (const auto& [name, value] : metrics_of(evaluation.records[s])) m["eval." + evaluation.labels[s] + "." + name] = value;
+  for (size_t s = 0; s < evaluation.labels.size(); ++s) {
+    const std::string prefix = "eval." + evaluation.labels[s] + ".";
+    for (const auto& [name, value] : metrics_of(evaluation.records[s])) m[prefix + name] = value;
+    for (size_t t = 0; t < evaluation.terms[s].size(); ++t) {
+      const std::string name = prefix + "loss." + evaluation.term_labels[s][t];
+      m[name] = evaluation.terms[s][t].value;
+      m[name + ".weighted"] = evaluation.terms[s][t].weighted;
+    }
+  }
   return m;
 }
 

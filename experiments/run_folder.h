@@ -47,18 +47,20 @@ class RecordWriter : public Observer {
   void on_event(const std::string& site, const Event& event, int64_t step) override;
   void event(int64_t step, const std::string& kind, const nlohmann::json& details);
   void continue_from(int64_t tokens) { tokens_ = tokens; }  // target tokens before this process
+  double seconds() const;  // of all sessions: this one after the last record that was there
 
  private:
-  double seconds() const;
   JsonlWriter metrics_;
   JsonlWriter events_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  double before_ = 0;  // seconds of the sessions before this one
   int64_t tokens_ = 0;
   int64_t window_tokens_ = 0;
   double window_start_ = 0;
 };
 
-// Metric names and values of an evaluation: eval.loss, eval.bits_per_byte, eval.accuracy, eval.layer.3.….
+// Metric names and values of an evaluation: eval.loss, eval.bits_per_byte, eval.accuracy, eval.layer.3.load_cv2, …,
+// eval.layer.3.loss.balance, eval.layer.3.loss.balance.weighted.
 std::map<std::string, double> evaluation_metrics(const Evaluation& evaluation);
 
 }  // namespace moelab

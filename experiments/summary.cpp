@@ -19,19 +19,28 @@ constexpr int kLongestContext = 5;
 // Missing is null, never absent; JSON has no NaN.
 nlohmann::json summary_number(double value) { return std::isnan(value) ? nlohmann::json() : nlohmann::json(value); }
 
+// 1 for each expert that was there at some time.
+std::vector<int> active_flags(const RoutingRecord& record) {
+  std::vector<int> flags;
+  for (const int64_t rows : record.active_E) flags.push_back(rows > 0);
+  return flags;
+}
+
 void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRecord& record) {
   out[prefix + ".load"] = record.chosen_E;
+  out[prefix + ".active"] = active_flags(record);
   for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = summary_number(value);
 }
 
-void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<double>& values) {
+void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site, const std::vector<TermReading>& values) {
   for (size_t t = 0; t < site.losses.size(); ++t) {
     const LossTerm& term = site.losses[t];
     const int64_t k = choices_per_row(site.router->facts(), site.router->spec());
-    const Landmarks marks = term.loss->landmarks(site.router->spec().experts, std::max<int64_t>(1, k));
+    const Router& router = *site.router;
+    const Landmarks marks = term.loss->landmarks_among(router.active_experts(), router.spec().max_experts, std::max<int64_t>(1, k));
     const std::string key = prefix + ".loss." + term.label;
-    out[key] = t < values.size() ? summary_number(values[t]) : nlohmann::json();
-    out[key + ".weighted"] = t < values.size() ? summary_number(values[t] * term.coefficient) : nlohmann::json();
+    out[key] = t < values.size() ? summary_number(values[t].value) : nlohmann::json();
+    out[key + ".weighted"] = t < values.size() ? summary_number(values[t].weighted) : nlohmann::json();
     out[key + ".at_balance"] = summary_number(marks.balance);
     out[key + ".at_collapse"] = summary_number(marks.collapse);
   }
@@ -52,11 +61,12 @@ std::string printable(const std::string& bytes) {
   return out;
 }
 
-std::string loads_text(const nlohmann::json& load) {
+std::string loads_text(const nlohmann::json& load, const nlohmann::json& active) {
   double all = 0;
   for (const auto& count : load) all += count.get<double>();
   std::string text;
-  for (const auto& count : load) text += fmt::format(" {:5.1f}", all == 0 ? 0 : 100 * count.get<double>() / all);
+  for (size_t e = 0; e < load.size(); ++e)
+    text += active.at(e) == 0 ? "     -" : fmt::format(" {:5.1f}", all == 0 ? 0 : 100 * load.at(e).get<double>() / all);
   return text;
 }
 
@@ -70,7 +80,8 @@ std::string layers_text(const Experiment& experiment, const nlohmann::json& s) {
   const std::vector<std::string> labels = site_labels(sites);
   for (size_t i = 0; i < labels.size(); ++i)
     text += fmt::format("  {:<10} {:<12}{}  max/mean {}  dead {}  dropped {} %\n", labels[i], sites[i]->router->entry().name,
-                        loads_text(s.at(labels[i] + ".load")), number_text(s.at(labels[i] + ".max_over_mean"), "{:.2f}"),
+                        loads_text(s.at(labels[i] + ".load"), s.at(labels[i] + ".active")),
+                        number_text(s.at(labels[i] + ".max_over_mean"), "{:.2f}"),
                         number_text(s.at(labels[i] + ".dead"), "{:.0f}"),
                         s.at(labels[i] + ".dropped").is_null() ? "0" : fmt::format("{:.1f}", 100 * s.at(labels[i] + ".dropped").get<double>()));
   for (size_t i = 0; i < labels.size(); ++i)
@@ -94,12 +105,12 @@ std::string baselines_text(const nlohmann::json& s) {
 
 }  // namespace
 
-RunVerdict verdict_of(const std::vector<Site*>& sites, const Evaluation& evaluation) {
+RunVerdict verdict_of(const Evaluation& evaluation) {
   RunVerdict verdict{"not applicable", "no site counts its experts"};
   for (size_t s = 0; s < evaluation.records.size(); ++s) {
     const RoutingRecord& record = evaluation.records[s];
     if (record.chosen_E.empty() || record.rows == 0) continue;
-    const auto experts = static_cast<double>(sites[s]->router->spec().experts);
+    const auto experts = static_cast<double>(record.active_experts());
     const std::map<std::string, double> m = metrics_of(record);
     if (experts > 1 && m.at("effective_experts") < experts / 2)
       return {"collapsed", fmt::format("{}: {:.2f} effective experts of {:.0f}, below half", evaluation.labels[s], m.at("effective_experts"), experts)};
@@ -120,14 +131,15 @@ std::vector<double> ngram_baselines(const Experiment& experiment) {
 }
 
 nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, const std::string& outcome, double seconds,
-                         const std::vector<double>& baselines) {
+                         const std::vector<double>& baselines, const std::string& error) {
   const Evaluation& evaluation = trainer.last_evaluation();
   const bool evaluated = outcome == "done";
   const std::vector<Site*> sites = experiment.model->sites();
   const std::vector<std::string> labels = site_labels(sites);
   const double none = std::numeric_limits<double>::quiet_NaN();
   nlohmann::json s{{"name", experiment.name}, {"config_id", experiment.config_id}, {"seed", experiment.train.seed},
-                   {"outcome", outcome}, {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
+                   {"outcome", outcome}, {"error", error.empty() ? nlohmann::json() : nlohmann::json(error)},
+                   {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
                    {"params.total", experiment.model->parameter_count()}, {"params.active", experiment.model->active_parameters()},
                    {"eval.loss", summary_number(evaluated ? evaluation.loss : none)},
                    {"eval.bits_per_byte", summary_number(evaluated ? evaluation.bits_per_byte : none)},
@@ -139,10 +151,11 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
         summary_number(c < static_cast<int>(baselines.size()) ? baselines[static_cast<size_t>(c)] : none);
   for (size_t i = 0; i < labels.size(); ++i) {
     add_record(s, labels[i], evaluated ? evaluation.records[i] : RoutingRecord{});
-    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<double>{});
+    add_losses(s, labels[i], *sites[i], evaluated ? evaluation.terms[i] : std::vector<TermReading>{});
     add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
   }
-  const RunVerdict verdict = evaluated ? verdict_of(sites, evaluation) : RunVerdict{"not judged", "the run was stopped before its final evaluation"};
+  const RunVerdict unjudged{"not judged", "the run ended before its final evaluation"};
+  const RunVerdict verdict = evaluated ? verdict_of(evaluation) : unjudged;
   s["verdict"] = verdict.word;
   s["verdict.reason"] = verdict.reason;
   return s;
@@ -161,13 +174,14 @@ std::string final_text(const Experiment& experiment, const nlohmann::json& s, co
   return text + fmt::format("everything lies in {}: summary.json, metrics.jsonl, events.jsonl, config.resolved.toml, ckpt/\n", folder);
 }
 
-std::string sample_text(const Experiment& experiment, int64_t tokens) {
+std::string sample_text(const Experiment& experiment, int64_t tokens, int64_t step) {
   const auto& bytes = experiment.data->validation_bytes();
   const int64_t prompt_length = std::min<int64_t>(32, experiment.model->context() / 2);
   if (static_cast<int64_t>(bytes.size()) < prompt_length || prompt_length == 0) return "";
   const std::vector<int64_t> prompt(bytes.begin(), bytes.begin() + prompt_length);
   std::string text;
-  for (const int64_t byte : generate(*experiment.model, prompt, {tokens, 0.8, experiment.train.seed})) text += static_cast<char>(byte);
+  const SampleSettings settings{tokens, 0.8, experiment.train.seed, step, experiment.train.steps};
+  for (const int64_t byte : generate(*experiment.model, prompt, settings)) text += static_cast<char>(byte);
   return text;
 }
 

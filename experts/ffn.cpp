@@ -56,7 +56,7 @@ class FfnBank : public ExpertBank {
  public:
   explicit FfnBank(const ExpertSpec& spec)
       : activation_(ffn_activation(spec.options.text("activation"))), bias_(spec.options.flag("bias")), width_(spec.width),
-        hidden_(spec.options.integer("width") > 0 ? spec.options.integer("width") : 4 * spec.width) {
+        hidden_(hidden_width(spec.options.integer("width"), spec.width)) {
     groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
     if (gated()) {
       add_map("gate", spec, hidden_, width_, 1);

@@ -14,16 +14,22 @@
 namespace moelab {
 namespace {
 
+// Values of scope "micro" and "sequence": their sum weighted by rows, or their sum alone for losses that are sums.
+struct LocalSum {
+  double value = 0;
+  int64_t rows = 0;
+};
+
 // Sums over sequences that the final ratios are formed from.
 struct EvalSums {
+  const std::vector<Site*>& sites;
   int64_t tokens = 0, right = 0;
   double loss = 0;
   std::vector<RoutingRecord> records;
-  std::vector<std::vector<LossStatistics>> terms;
+  TermTotals totals;                   // of scope "step"
+  std::map<TermKey, LocalSum> locals;  // of the others
 
-  explicit EvalSums(const std::vector<Site*>& sites) : records(sites.size()) {
-    for (const Site* site : sites) terms.emplace_back(site->losses.size());
-  }
+  explicit EvalSums(const std::vector<Site*>& all) : sites(all), records(all.size()) {}
 
   void add(const ModelOutput& out, const Batch& batch) {
     const Tensor counted_BL = batch.targets_BL.ge(0);
@@ -32,16 +38,18 @@ struct EvalSums {
     loss += cross_entropy_sum(out.logits_BLV, batch.targets_BL).item<double>();
     for (size_t s = 0; s < out.sites.size(); ++s) {
       records[s].add(out.sites[s].record);
-      for (const TermStatistics& term : out.sites[s].statistics)
-        for (const LossStatistics& part : term.per_scope) add_statistics(terms[s][term.term], part);
+      for (const TermStatistics& found : out.sites[s].statistics) add_term({s, found.term}, found.per_scope);
     }
   }
 
-  static void add_statistics(LossStatistics& total, const LossStatistics& part) {
-    if (total.sums.empty())
-      for (const Tensor& sum : part.sums) total.sums.push_back(at::zeros_like(sum));
-    for (size_t i = 0; i < part.sums.size(); ++i) total.sums[i].add_(part.sums[i]);
-    total.rows += part.rows;
+  void add_term(const TermKey& key, const std::vector<LossStatistics>& per_scope) {
+    const LossTerm& term = term_at(sites, key);
+    if (term.scope == LossScope::kStep) return add_statistics(totals[key], per_scope.front(), 1);
+    int64_t rows = 0;
+    for (const LossStatistics& part : per_scope) rows += part.rows;
+    const double value = local_value(term, per_scope, *sites[key.site]->router).item<double>();
+    locals[key].value += value * (term.loss->reduces_by_sum() ? 1 : static_cast<double>(rows));
+    locals[key].rows += rows;
   }
 
   void all_reduce(Comm& comm) {
@@ -53,28 +61,78 @@ struct EvalSums {
     right = counts[1].item<int64_t>();
     loss = sums.item<double>();
     for (RoutingRecord& record : records) record.all_reduce(comm);
-    for (std::vector<LossStatistics>& site : terms)
-      for (LossStatistics& total : site) all_reduce(total, comm);
+    for (auto& [key, total] : totals) moelab::all_reduce(total, comm);
+    for (auto& [key, local] : locals) all_reduce(local, comm);
   }
 
-  static void all_reduce(LossStatistics& total, Comm& comm) {
-    for (const Tensor& sum : total.sums) comm.all_reduce(sum);
-    const Tensor rows = at::tensor({total.rows}, at::kLong);
+  static void all_reduce(LocalSum& local, Comm& comm) {
+    const Tensor value = at::tensor({local.value}, at::kDouble), rows = at::tensor({local.rows}, at::kLong);
+    comm.all_reduce(value);
     comm.all_reduce(rows);
-    total.rows = rows.item<int64_t>();
+    local = {value.item<double>(), rows.item<int64_t>()};
   }
 
   // Sums of zero, in the shapes that this forward pass shows: for a rank that may get no batch of its own.
   void take_shapes(const ModelOutput& out) {
     for (size_t s = 0; s < out.sites.size(); ++s) {
-      records[s].experts = out.sites[s].record.experts;
-      records[s].chosen_E.resize(out.sites[s].record.chosen_E.size());
-      records[s].accepted_E.resize(out.sites[s].record.accepted_E.size());
-      for (const TermStatistics& term : out.sites[s].statistics)
-        for (const Tensor& sum : term.per_scope.front().sums) terms[s][term.term].sums.push_back(at::zeros_like(sum));
+      RoutingRecord& record = records[s];
+      const RoutingRecord& shown = out.sites[s].record;
+      record.experts = shown.experts;
+      record.active_E.resize(shown.active_E.size());
+      record.chosen_E.resize(shown.chosen_E.size());
+      record.accepted_E.resize(shown.accepted_E.size());
+      for (const TermStatistics& found : out.sites[s].statistics) take_shapes({s, found.term}, found.per_scope.front());
     }
   }
+
+  void take_shapes(const TermKey& key, const LossStatistics& shown) {
+    if (term_at(sites, key).scope != LossScope::kStep) locals[key] = {};
+    else for (const Tensor& sum : shown.sums) totals[key].sums.push_back(at::zeros_like(sum));
+  }
+
+  double value_of(const TermKey& key) const {
+    const LossTerm& term = term_at(sites, key);
+    if (const auto total = totals.find(key); total != totals.end())
+      return term.loss->value(total->second, *sites[pool_head(sites, key).site]->router).item<double>();
+    const auto local = locals.find(key);
+    if (local == locals.end()) return 0;  // an evaluation of no sequence
+    const auto& [value, rows] = local->second;
+    return term.loss->reduces_by_sum() ? value : value / static_cast<double>(std::max<int64_t>(1, rows));
+  }
+
+  TermReading reading(const TermKey& key) const {
+    const LossTerm& term = term_at(sites, key);
+    const double value = value_of(key);
+    return {value, value * term.coefficient * sum_scale(*term.loss, tokens)};
+  }
 };
+
+StepContext eval_context(const EvalSettings& settings, Comm& comm) {
+  StepContext context;
+  context.mode = Mode::kEval;
+  context.seed = settings.seed;
+  context.step = settings.step;
+  context.total_steps = settings.total_steps;
+  context.comm = &comm;
+  return context;
+}
+
+EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Dataset& data, const EvalSettings& settings,
+                 Comm& comm) {
+  const std::shared_ptr<Comm> alone = single_comm();  // ranks evaluate different numbers of batches: no collective inside
+  const StepContext context = eval_context(settings, *alone);
+  const int64_t available = data.eval_sequences();
+  const int64_t count = settings.sequences == 0 ? available : std::min(settings.sequences, available);
+  EvalSums sums(sites);
+  if (comm.size() > 1) sums.take_shapes(model.forward(to_batch(data.eval_batch(0, 1)), context));
+  for (int64_t first = comm.rank() * settings.batch; first < count; first += comm.size() * settings.batch) {
+    const Batch rows = to_batch(data.eval_batch(first, std::min(settings.batch, count - first)));
+    sums.add(model.forward(rows, context), rows);
+  }
+  sums.all_reduce(comm);
+  pool_layers(sums.totals, sites);
+  return sums;
+}
 
 }  // namespace
 
@@ -87,23 +145,10 @@ Batch to_batch(const TokenBatch& tokens) {
   return batch;
 }
 
-Evaluation evaluate(const Model& model, const Dataset& data, int64_t sequences, int64_t batch, int64_t seed, Comm& comm) {
+Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings& settings, Comm& comm) {
   const at::NoGradGuard no_grad;
-  const int64_t available = data.eval_sequences();
-  const int64_t count = sequences == 0 ? available : std::min(sequences, available);
   const std::vector<Site*> sites = model.sites();
-  EvalSums sums(sites);
-  StepContext context;
-  context.mode = Mode::kEval;
-  context.seed = seed;
-  const std::shared_ptr<Comm> alone = single_comm();
-  context.comm = alone.get();  // ranks evaluate different numbers of batches: no collective inside
-  if (comm.size() > 1) sums.take_shapes(model.forward(to_batch(data.eval_batch(0, 1)), context));
-  for (int64_t first = comm.rank() * batch; first < count; first += comm.size() * batch) {
-    const Batch rows = to_batch(data.eval_batch(first, std::min(batch, count - first)));
-    sums.add(model.forward(rows, context), rows);
-  }
-  sums.all_reduce(comm);
+  const EvalSums sums = sums_of(model, sites, data, settings, comm);
   Evaluation out;
   const double tokens = static_cast<double>(std::max<int64_t>(1, sums.tokens));
   out.tokens = sums.tokens;
@@ -112,13 +157,13 @@ Evaluation evaluate(const Model& model, const Dataset& data, int64_t sequences, 
   out.accuracy = static_cast<double>(sums.right) / tokens;
   out.labels = site_labels(sites);
   out.records = sums.records;
-  for (size_t s = 0; s < sites.size(); ++s) {
-    out.terms.emplace_back();
-    for (size_t t = 0; t < sums.terms[s].size(); ++t) {
-      const LossTerm& term = sites[s]->losses[t];
-      out.terms[s].push_back(sums.terms[s][t].sums.empty() ? 0 : term.loss->value(sums.terms[s][t], *sites[s]->router).item<double>());
+  out.term_labels.resize(sites.size());
+  out.terms.resize(sites.size());
+  for (size_t s = 0; s < sites.size(); ++s)
+    for (size_t t = 0; t < sites[s]->losses.size(); ++t) {
+      out.term_labels[s].push_back(sites[s]->losses[t].label);
+      out.terms[s].push_back(sums.reading({s, t}));
     }
-  }
   return out;
 }
 

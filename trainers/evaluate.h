@@ -4,6 +4,7 @@
 #include "core/dataset.h"
 #include "core/diagnostics.h"
 #include "core/model/model.h"
+#include "trainers/terms.h"
 
 #include <string>
 #include <vector>
@@ -17,14 +18,24 @@ struct Evaluation {
   double accuracy = 0;        // share of tokens whose most probable prediction is right
   std::vector<std::string> labels;                 // per site: site_labels()
   std::vector<RoutingRecord> records;              // per site
-  std::vector<std::vector<double>> terms;          // per site and loss term: value over the whole evaluation
+  std::vector<std::vector<std::string>> term_labels;   // per site
+  std::vector<std::vector<TermReading>> terms;         // per site and loss term, formed as training forms it; a batch of the
+                                                       // evaluation is a micro-batch
+};
+
+struct EvalSettings {
+  int64_t sequences = 0;    // the first of the split; 0 = all
+  int64_t batch = 16;       // sequences read at a time
+  int64_t seed = 0;
+  int64_t step = 0;         // steps trained: routers may work in stages
+  int64_t total_steps = 1;
 };
 
 // A data set's sequences as the model reads them: trailing positions without a target are padding.
 Batch to_batch(const TokenBatch& tokens);
 
-// Reads the first `sequences` of the split (0 = all), `batch` at a time; ranks share them.
-Evaluation evaluate(const Model& model, const Dataset& data, int64_t sequences, int64_t batch, int64_t seed, Comm& comm);
+// Ranks share the sequences, and all report the whole.
+Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings& settings, Comm& comm);
 
 // "layer.3", or "layer.3.<site>" where the block has several sites.
 std::vector<std::string> site_labels(const std::vector<Site*>& sites);

@@ -25,6 +25,13 @@ int64_t sample_token(const Tensor& logits_V, const SampleSettings& settings, int
   return p_V.numel() - 1;
 }
 
+DecodeState fresh_state(const SampleSettings& settings) {
+  DecodeState state;
+  state.step = settings.step;
+  state.total_steps = settings.total_steps;
+  return state;
+}
+
 }  // namespace
 
 std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& prompt, const SampleSettings& settings) {
@@ -32,10 +39,10 @@ std::vector<int64_t> generate(const Model& model, const std::vector<int64_t>& pr
   const at::NoGradGuard no_grad;
   std::vector<int64_t> text = prompt;
   std::vector<int64_t> unread = prompt;  // what the model has not seen yet
-  DecodeState state;
+  DecodeState state = fresh_state(settings);
   for (int64_t i = 0; i < settings.tokens; ++i) {
     if (state.position + static_cast<int64_t>(unread.size()) > model.context()) {
-      state = {};
+      state = fresh_state(settings);
       unread.assign(text.end() - std::min<int64_t>(static_cast<int64_t>(text.size()), (model.context() + 1) / 2), text.end());
     }
     const Tensor logits_BV = model.decode(at::tensor(unread, at::kLong).unsqueeze(0), state);

@@ -1,5 +1,5 @@
 // AdamW and SGD over LibTorch's fused kernels. Moments are addressed by the parameter's name, so checkpoints and surgery find
-// them; a parameter that no longer requires a gradient is left alone, bit for bit.
+// them; a parameter that requires no gradient is left alone, bit for bit, and begins with fresh moments when it does.
 #pragma once
 
 #include "core/expert.h"
@@ -21,9 +21,8 @@ class Optimizer {
   // moments.
   void step(double lr, const std::vector<ExpertBank::Slice>& untouched = {});
 
-  // Clears or copies the moments of one row of a stacked parameter: what expert surgery needs.
+  // Clears the moments of one row of a stacked parameter: what expert surgery needs.
   void reset_slice(const ExpertBank::Slice& slice);
-  void copy_slice(const ExpertBank::Slice& from, const ExpertBank::Slice& to);
 
   // Everything a checkpoint must keep: "m.<name>", "v.<name>", "step.<name>", in the order of the parameters.
   std::vector<NamedTensor> state() const;

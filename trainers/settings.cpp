@@ -14,7 +14,7 @@ OptionSpecs top_level_options() {
   return {
       option("name", "run", "names the folder below runs/"),
       option("seed", 0, "of everything random: data order, initial weights, noise").at_least(0),
-      option("plugins", "", "shared libraries with routers or experts of your own, separated by commas"),
+      plugins_option(),
   };
 }
 
@@ -31,6 +31,10 @@ OptimizerSettings read_optimizer(const Table& table) {
 }
 
 }  // namespace
+
+OptionSpec plugins_option() {
+  return option("plugins", "", "shared libraries with routers or experts of your own, separated by commas").as_paths();
+}
 
 OptionSpecs train_options() {
   return {
@@ -127,7 +131,12 @@ std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context) 
     }
   }
   const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);
-  return make_dataset(name, {context, table.options(data_options(entry.options))});
+  const Options options = table.options(data_options(entry.options));
+  try {
+    return make_dataset(name, {context, options});
+  } catch (const Error& error) {
+    throw Error(error.code(), fmt::format("{}: {}", table.place_of(table.has("path") ? "path" : "name"), error.what()));
+  }
 }
 
 void check_top_level(const Table& root) {

@@ -43,6 +43,7 @@ struct TrainSettings {
 };
 
 // Each table's declaration, for `describe`, `check` and the docs.
+OptionSpec plugins_option();
 OptionSpecs train_options();
 OptionSpecs optimizer_options();
 OptionSpecs schedule_options();

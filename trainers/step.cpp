@@ -15,69 +15,19 @@
 namespace moelab {
 namespace {
 
-// A loss term of one site, addressed as (site, term).
-struct TermKey {
-  size_t site;
-  size_t term;
-  bool operator<(const TermKey& o) const { return site != o.site ? site < o.site : term < o.term; }
-};
-
-using Totals = std::map<TermKey, LossStatistics>;
-
-const LossTerm& term_at(const std::vector<Site*>& sites, const TermKey& key) { return sites[key.site]->losses[key.term]; }
-
 // Adds the sums of every step-scope term of one forward pass; `share` is 1 / passes.
-void add_totals(Totals& totals, const std::vector<Site*>& sites, const ModelOutput& out, double share) {
-  for (size_t s = 0; s < out.sites.size(); ++s) {
-    for (const TermStatistics& found : out.sites[s].statistics) {
-      const TermKey key{s, found.term};
-      if (term_at(sites, key).scope != LossScope::kStep) continue;
-      const LossStatistics& local = found.per_scope.front();
-      LossStatistics& total = totals[key];
-      if (total.sums.empty())
-        for (const Tensor& sum : local.sums) total.sums.push_back(at::zeros_like(sum.detach()));
-      for (size_t i = 0; i < local.sums.size(); ++i) total.sums[i].add_(local.sums[i].detach(), share);
-      total.rows += local.rows;
-    }
-  }
+void add_totals(TermTotals& totals, const std::vector<Site*>& sites, const ModelOutput& out, double share) {
+  for (size_t s = 0; s < out.sites.size(); ++s)
+    for (const TermStatistics& found : out.sites[s].statistics)
+      if (sites[s]->losses[found.term].scope == LossScope::kStep)
+        add_statistics(totals[{s, found.term}], found.per_scope.front(), share);
 }
 
-void all_reduce_totals(Totals& totals, int64_t passes, Comm& comm) {
+void all_reduce_totals(TermTotals& totals, int64_t passes, Comm& comm) {
   for (auto& [key, total] : totals) {
-    for (Tensor& sum : total.sums) comm.all_reduce(sum);
-    const Tensor rows = at::tensor({total.rows / passes}, at::kLong);
-    comm.all_reduce(rows);
-    total.rows = rows.item<int64_t>();
+    total.rows /= passes;
+    all_reduce(total, comm);
   }
-}
-
-// Terms whose loss pools its layers share one total: the sum over the sites with the same label.
-void pool_layers(Totals& totals, const std::vector<Site*>& sites) {
-  std::map<std::string, LossStatistics> pooled;
-  for (auto& [key, total] : totals) {
-    const LossTerm& term = term_at(sites, key);
-    if (!term.loss->pooled_over_layers()) continue;
-    LossStatistics& pool = pooled[term.label];
-    if (pool.sums.empty())
-      for (const Tensor& sum : total.sums) pool.sums.push_back(sum.clone());
-    else
-      for (size_t i = 0; i < total.sums.size(); ++i) pool.sums[i].add_(total.sums[i]);
-    pool.rows += total.rows;
-  }
-  for (auto& [key, total] : totals) {
-    const LossTerm& term = term_at(sites, key);
-    if (term.loss->pooled_over_layers()) total = pooled.at(term.label);
-  }
-}
-
-// One pooled value is shared by several sites: each adds its gradient, but the value is reported once.
-bool is_first_of_pool(const std::vector<Site*>& sites, const TermKey& key) {
-  const LossTerm& term = term_at(sites, key);
-  if (!term.loss->pooled_over_layers()) return true;
-  for (size_t s = 0; s < key.site; ++s)
-    for (const LossTerm& other : sites[s]->losses)
-      if (other.label == term.label) return false;
-  return true;
 }
 
 class Step {
@@ -131,9 +81,12 @@ class Step {
   void finish_totals() {
     all_reduce_totals(totals_, objective_.passes(), *context_.comm);
     pool_layers(totals_, sites_);
-    for (const auto& [key, total] : totals_) gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, total, *sites_[key.site]->router);
+    for (const auto& [key, total] : totals_)
+      gradients_[key] = statistics_gradient(*term_at(sites_, key).loss, total, router_of(key));
     swept_ = true;
   }
+
+  const Router& router_of(const TermKey& key) const { return *sites_[pool_head(sites_, key).site]->router; }
 
   void backward_of(const Batch& batch) {
     ObjectiveOutput out;
@@ -161,7 +114,7 @@ class Step {
       for (const TermStatistics& found : pass.sites[s].statistics) {
         const TermKey key{s, found.term};
         const LossTerm& term = term_at(sites_, key);
-        const double scale = term.coefficient * share() * sum_scale(term);
+        const double scale = term.coefficient * share() * sum_scale(*term.loss, result_.target_tokens);
         if (term.scope == LossScope::kStep) {
           if (scale != 0) loss = loss.add(inner_product(gradients_.at(key), found.per_scope.front()), scale);
         } else {
@@ -178,13 +131,20 @@ class Step {
     for (const LossStatistics& part : found.per_scope) rows += part.rows;
     const LossTerm& term = term_at(sites_, key);
     const Tensor value = local_value(term, found.per_scope, *sites_[key.site]->router);
-    const double weight = term.loss->reduces_by_sum() ? 1 : static_cast<double>(rows) / static_cast<double>(std::max<int64_t>(1, rows_));
+    const double weight = row_weight(*term.loss, rows, rows_);
     result_.terms[key.site][key.term].value += value.item<double>() * weight * share();
     return scale == 0 ? loss : loss.add(value, scale * weight);
   }
 
-  double sum_scale(const LossTerm& term) const {
-    return term.loss->reduces_by_sum() ? 1.0 / static_cast<double>(std::max<int64_t>(1, result_.target_tokens)) : 1;
+  // What value() reads of a router beside the statistics has a gradient of its own, that of the whole step's value: taken
+  // once, on one rank, since ranks are summed.
+  void backward_of_router_reads() const {
+    for (const auto& [key, total] : totals_) {
+      const LossTerm& term = term_at(sites_, key);
+      if (term.coefficient == 0 || !is_pool_head(sites_, key)) continue;
+      const Tensor value = term.loss->value(total, router_of(key));
+      if (value.requires_grad()) value.mul(term.coefficient * sum_scale(*term.loss, result_.target_tokens)).backward();
+    }
   }
 
   void add_records(const ModelOutput& pass) {
@@ -200,6 +160,7 @@ class Step {
   void reduce_results() {
     Comm& comm = *context_.comm;
     if (!swept_) finish_totals();  // every coefficient is 0, so no gradient waited for them: only to be reported
+    if (comm.rank() == 0) backward_of_router_reads();
     const at::NoGradGuard no_grad;
     for (const NamedTensor& parameter : model_.trainable()) reduce_gradient(parameter.tensor, comm);
     for (size_t s = 0; s < sites_.size(); ++s) {
@@ -236,10 +197,10 @@ class Step {
         const LossTerm& term = sites_[s]->losses[t];
         TermReading& reading = result_.terms[s][t];
         const auto total = totals_.find({s, t});
-        if (total != totals_.end()) reading.value = term.loss->value(total->second, *sites_[s]->router).item<double>();
+        if (total != totals_.end()) reading.value = term.loss->value(total->second, router_of({s, t})).item<double>();
         else if (term.scope != LossScope::kStep) reading.value = reduced(reading.value, comm);
-        reading.weighted = reading.value * term.coefficient * sum_scale(term);
-        if (is_first_of_pool(sites_, {s, t})) result_.total_loss += reading.weighted;
+        reading.weighted = reading.value * term.coefficient * sum_scale(*term.loss, result_.target_tokens);
+        if (is_pool_head(sites_, {s, t})) result_.total_loss += reading.weighted;
       }
     }
   }
@@ -261,7 +222,7 @@ class Step {
   bool bf16_;
   std::vector<Site*> sites_;
   StepResult result_;
-  Totals totals_;
+  TermTotals totals_;
   std::map<TermKey, std::vector<Tensor>> gradients_;
   bool swept_ = false;
   int64_t rows_ = 0;

@@ -5,18 +5,13 @@
 #include "core/diagnostics.h"
 #include "core/model/model.h"
 #include "trainers/objective.h"
+#include "trainers/terms.h"
 
 #include <map>
 #include <string>
 #include <vector>
 
 namespace moelab {
-
-// A routing loss as one step measured it.
-struct TermReading {
-  double value = 0;     // unscaled
-  double weighted = 0;  // times its coefficient: what was added to the loss
-};
 
 struct StepResult {
   double task_loss = 0;         // nats per target token of the step

@@ -82,7 +82,7 @@ Trainer::Trainer(const TrainSettings& settings, std::shared_ptr<Model> model, st
                  std::shared_ptr<Comm> comm, std::string checkpoint_root, std::vector<Observer*> observers)
     : settings_(settings), model_(std::move(model)), data_(std::move(data)), comm_(std::move(comm)),
       checkpoint_root_(std::move(checkpoint_root)), observers_(std::move(observers)),
-      objective_(make_objective(settings.objective)), optimizer_(settings.optimizer, model_->trainable()),
+      objective_(make_objective(settings.objective)), optimizer_(settings.optimizer, model_->parameters()),
       window_(model_->sites()), last_window_(window_) {}
 
 Outcome Trainer::run() {
@@ -198,7 +198,8 @@ Request Trainer::observe(const StepResult& result, double lr, double norm) {
 }
 
 void Trainer::evaluate_now(bool final) {
-  last_evaluation_ = evaluate(*model_, *data_, final ? 0 : settings_.eval_sequences, settings_.batch, settings_.seed, *comm_);
+  const EvalSettings settings{final ? 0 : settings_.eval_sequences, settings_.batch, settings_.seed, step_, settings_.steps};
+  last_evaluation_ = evaluate(*model_, *data_, settings, *comm_);
   for (Observer* observer : observers_) observer->on_evaluation(last_evaluation_, step_, final);
 }
 

@@ -12,13 +12,14 @@ namespace moelab {
 namespace {
 
 nlohmann::json to_json(const RoutingRecord& r) {
-  return {{"experts", r.experts}, {"chosen", r.chosen_E}, {"accepted", r.accepted_E}, {"rows", r.rows},
+  return {{"experts", r.experts}, {"active", r.active_E}, {"chosen", r.chosen_E}, {"accepted", r.accepted_E}, {"rows", r.rows},
           {"left_behind", r.left_behind}, {"dropped", r.dropped}, {"places", r.places}, {"entropy_sum", r.entropy_sum}, {"entropy_rows", r.entropy_rows}};
 }
 
 RoutingRecord record_from_json(const nlohmann::json& j) {
   RoutingRecord r;
   r.experts = j.at("experts");
+  r.active_E = j.at("active").get<std::vector<int64_t>>();
   r.chosen_E = j.at("chosen").get<std::vector<int64_t>>();
   r.accepted_E = j.at("accepted").get<std::vector<int64_t>>();
   r.rows = j.at("rows");

@@ -8,6 +8,7 @@
 //   counts = any_choice, divide_by_k       1   E/k   Megatron, DeepSpeed top-k, OLMo-core
 //   layers = pooled                                  Mixtral-style code: counts and probabilities of all layers form one value
 //   probabilities = noisy                            V-MoE's gshard loss: softmax of the noisy logits
+// With room to grow E is max_experts: balance over A active experts is E/A times the value above.
 // Choices are counted before any drop, and before a policy refuses a second expert. 1 is no lower bound: where f and P run
 // against each other the value is smaller.
 #include "core/losses/parts.h"
@@ -38,11 +39,13 @@ class BalanceLoss : public Loss {
 
   bool pooled_over_layers() const override { return pooled_; }
 
-  Landmarks landmarks(int64_t experts, int64_t k) const override {
-    const double unknown = std::numeric_limits<double>::quiet_NaN();
-    const double each = k > 0 ? static_cast<double>(experts) / k : unknown;
-    if (!any_choice_ || divide_by_k_) return {1, each};
-    return {k > 0 ? static_cast<double>(k) : unknown, static_cast<double>(experts)};
+  Landmarks landmarks(int64_t experts, int64_t k) const override { return landmarks_among(experts, experts, k); }
+
+  Landmarks landmarks_among(int64_t active, int64_t experts, int64_t k) const override {
+    const double choices = k > 0 ? static_cast<double>(k) : std::numeric_limits<double>::quiet_NaN();
+    const double all = static_cast<double>(experts), even = all / static_cast<double>(active);
+    if (!any_choice_ || divide_by_k_) return {even, all / choices};
+    return {choices * even, all};
   }
 
  private:

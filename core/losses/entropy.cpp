@@ -24,6 +24,8 @@ class EntropyLoss : public Loss {
   Landmarks landmarks(int64_t experts, int64_t k) const override {
     return {std::log(static_cast<double>(experts)), k > 0 ? std::log(static_cast<double>(k)) : std::nan("")};
   }
+  // Inactive experts have probability 0.
+  Landmarks landmarks_among(int64_t active, int64_t, int64_t k) const override { return landmarks(active, k); }
 };
 
 const Registration<LossEntry> entropy_registration{{

@@ -10,10 +10,10 @@
 namespace moelab {
 namespace {
 
-class ImportanceLoss : public Loss {
+class ImportanceLoss : public VariationLoss {
  public:
   ImportanceLoss(const Options& options, const RouterEntry& router)
-      : gates_(convention(options, router, "importance", "of") == "gates"), sample_(sample_variance(options)) {}
+      : VariationLoss(options), gates_(convention(options, router, "importance", "of") == "gates") {}
 
   std::vector<Tensor> row_statistics(const LossInput& input) const override {
     const RouteOutput& out = input.out;
@@ -21,14 +21,8 @@ class ImportanceLoss : public Loss {
     return {spread_over_experts(out.gate_TK, out.assignment.choice_TK, input.experts)};
   }
 
-  Tensor value(const LossStatistics& statistics, const Router&) const override {
-    return squared_variation(statistics.sums[0], sample_);
-  }
-
-  Landmarks landmarks(int64_t experts, int64_t k) const override { return {0, collapsed_variation(experts, k, sample_)}; }
-
  private:
-  bool gates_, sample_;
+  bool gates_;
 };
 
 const Registration<LossEntry> importance_registration{{

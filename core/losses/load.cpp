@@ -31,23 +31,17 @@ Tensor load_threshold(const Tensor& noisy_TE, int64_t k, bool include_self) {
   return at::where(noisy_TE.gt(next_T1), next_T1, kth_T1);
 }
 
-class LoadLoss : public Loss {
+class LoadLoss : public VariationLoss {
  public:
   LoadLoss(const Options& options, const RouterEntry& router)
-      : include_self_(convention(options, router, "load", "threshold") == "include_self"), sample_(sample_variance(options)) {}
+      : VariationLoss(options), include_self_(convention(options, router, "load", "threshold") == "include_self") {}
 
   std::vector<Tensor> row_statistics(const LossInput& input) const override {
     return {load_rows(input.in, input.out, input.experts, include_self_)};
   }
 
-  Tensor value(const LossStatistics& statistics, const Router&) const override {
-    return squared_variation(statistics.sums[0], sample_);
-  }
-
-  Landmarks landmarks(int64_t experts, int64_t k) const override { return {0, collapsed_variation(experts, k, sample_)}; }
-
  private:
-  bool include_self_, sample_;
+  bool include_self_;
 };
 
 const Registration<LossEntry> load_registration{{

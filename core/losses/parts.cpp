@@ -66,7 +66,17 @@ OptionSpec variance_option() {
       .one_of({"population", "sample"});
 }
 
-bool sample_variance(const Options& options) { return options.text("variance") == "sample"; }
+VariationLoss::VariationLoss(const Options& options) : sample_(options.text("variance") == "sample") {}
+
+Tensor VariationLoss::value(const LossStatistics& statistics, const Router&) const {
+  return squared_variation(statistics.sums[0], sample_);
+}
+
+Landmarks VariationLoss::landmarks(int64_t experts, int64_t k) const { return landmarks_among(experts, experts, k); }
+
+Landmarks VariationLoss::landmarks_among(int64_t active, int64_t experts, int64_t k) const {
+  return {collapsed_variation(experts, active, sample_), collapsed_variation(experts, k, sample_)};
+}
 
 std::string refuses_without_choices(const RouterFacts& facts) {
   if (facts.plan == PlanForm::kSparse) return "";

@@ -11,6 +11,18 @@ Tensor spread_over_experts(const Tensor& values_TK, const Tensor& choice_TK, int
 // 1 where the row chose the expert, pairs that were refused or dropped later included; [T,E] without gradient.
 Tensor chosen_experts(const Tensor& choice_TK, int64_t experts, at::ScalarType dtype);
 
+// A loss CV²(sums[0]) over all experts: 0 where every one has the same share, E/active - 1 where only the active ones do.
+class VariationLoss : public Loss {
+ public:
+  explicit VariationLoss(const Options& options);
+  Tensor value(const LossStatistics& statistics, const Router& router) const override;
+  Landmarks landmarks(int64_t experts, int64_t k) const override;
+  Landmarks landmarks_among(int64_t active, int64_t experts, int64_t k) const override;
+
+ private:
+  bool sample_;  // variance divided by E - 1
+};
+
 // CV², variance over mean². Population variance divides by E, sample variance by E - 1. It is 0, with a gradient of 0, for an
 // all-zero vector and for E = 1.
 Tensor squared_variation(const Tensor& sums_E, bool sample_variance);
@@ -31,8 +43,7 @@ std::string convention(const Options& options, const RouterEntry& router, const 
 // `tensor`, or an error that says what the loss needs and which layer's router does not give it.
 const Tensor& required(const Tensor& tensor, const char* what, const char* loss, const LossInput& input);
 
-OptionSpec variance_option();
-bool sample_variance(const Options& options);
+OptionSpec variance_option();  // of a VariationLoss
 
 // Reasons to refuse a router, "" = none.
 std::string refuses_without_choices(const RouterFacts& facts);

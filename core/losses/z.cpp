@@ -27,6 +27,8 @@ class ZLoss : public Loss {
   Landmarks landmarks(int64_t experts, int64_t) const override {
     return {std::pow(std::log(static_cast<double>(experts)), 2), std::numeric_limits<double>::quiet_NaN()};
   }
+  // Inactive experts are not in the logsumexp.
+  Landmarks landmarks_among(int64_t active, int64_t, int64_t k) const override { return landmarks(active, k); }
 };
 
 const Registration<LossEntry> z_registration{{

@@ -116,6 +116,8 @@ Tensor DecoderModel::decode(const Tensor& tokens_BL, DecodeState& state) const {
   StepContext context;
   context.mode = Mode::kDecode;
   context.seed = seed_;
+  context.step = state.step;
+  context.total_steps = state.total_steps;
   Batch batch;
   batch.tokens_BL = tokens_BL;
   Pass pass = begin_pass(batch, context, state.position);

@@ -54,6 +54,8 @@ struct ModelOutput {
 // What a request carries while decoding token by token.
 struct DecodeState {
   int64_t position = 0;
+  int64_t step = 0;                  // steps trained, of how many: routers may work in stages
+  int64_t total_steps = 1;
   std::vector<RouteState> routers;   // per site
   std::vector<DecodeCache> caches;   // per block: keys and values of the attention
   std::vector<DecodeCache> experts;  // per site

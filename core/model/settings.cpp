@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <map>
 
 namespace moelab {
 namespace {
@@ -34,7 +35,7 @@ AttentionSpec attention_spec(const Table& model, const Options& options) {
 DenseSettings plain_dense(const Options& model, const AttentionSpec& attention, RandomKey init) {
   const int64_t width = model.integer("dense_width");
   ExpertSpec spec{attention.width, 1, attention.dtype, init.with("dense"), attention.output_scale, {}};
-  return dense_expert("ffn", std::move(spec), width > 0 ? width : 4 * attention.width, model.text("dense_activation"));
+  return dense_expert("ffn", std::move(spec), hidden_width(width, attention.width), model.text("dense_activation"));
 }
 
 // What all blocks of one model share while they are read.
@@ -57,6 +58,32 @@ struct BlockReader {
     return {std::move(layer), std::nullopt, std::move(sees_future)};
   }
 };
+
+// The [[loss]] of a label, or [moe] where the loss is the paper's.
+Table table_of_loss(const Table& root, const std::string& label) {
+  for (const Table& loss : root.array("loss")) {
+    const Options words = loss.options({option("name", "", ""), option("label", "", "")}, loss.keys());
+    if ((words.text("label").empty() ? words.text("name") : words.text("label")) == label) return loss;
+  }
+  return root.child("moe");
+}
+
+// A pooled loss adds what its layers count expert by expert.
+void refuse_unequal_pools(const std::vector<Table>& tables, const std::vector<BlockSettings>& blocks) {
+  std::map<std::string, std::pair<size_t, int64_t>> first;  // label -> block and experts of the pool's first layer
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    if (!blocks[b].moe) continue;
+    const int64_t experts = blocks[b].moe->router_spec.max_experts;
+    for (const LossTerm& term : blocks[b].moe->losses) {
+      if (!term.loss->pooled_over_layers()) continue;
+      const auto [block, others] = first.try_emplace(term.label, b, experts).first->second;
+      if (others == experts) continue;
+      table_of_loss(tables[b], term.label).fail("layers", fmt::format(
+          "loss '{}' pools its layers, which must have equally many experts, but layer {} has {} and layer {} has {}; use "
+          "layers = \"each\"", term.label, block, others, b, experts));
+    }
+  }
+}
 
 }  // namespace
 
@@ -94,6 +121,7 @@ DecoderSettings read_decoder(const Table& root, int64_t vocabulary, int64_t seed
   std::vector<BlockSettings> blocks;
   for (int64_t block = 0; block < layers; ++block)
     blocks.push_back(has_moe[block] ? reader.routed(tables[block], block) : reader.dense(block));
+  refuse_unequal_pools(tables, blocks);
   settings.blocks = std::move(blocks);
   return settings;
 }

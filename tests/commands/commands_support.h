@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tests/support/program.h"
+#include "tests/support/tiny_experiment.h"
 
 #include <nlohmann/json.hpp>
 
@@ -22,26 +23,6 @@ inline nlohmann::json json_of(const ProgramResult& result) { return nlohmann::js
 
 inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
-// A model of a few thousand parameters on generated data.
-inline const char* const kTinyExperiment = R"(
-[model]
-layers = 2
-width = 16
-heads = 2
-context = 8
-[moe]
-experts = 4
-[moe.router]
-name = "switch"
-[moe.expert]
-width = 16
-[data]
-name = "markov"
-validation_documents = 4
-[train]
-steps = 20
-batch = 4
-micro_batches = 2
-)";
+inline const std::string kTinyExperiment = kTinyTables + "[train]\nsteps = 20\nbatch = 4\nmicro_batches = 2\n";
 
 }  // namespace moelab::test

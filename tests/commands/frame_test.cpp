@@ -50,9 +50,9 @@ TEST_CASE("unknown words are named, with the nearest known one") {
       WrongWords{{"list", "routers", "--jsno"}, "moelab: list: unknown option '--jsno', did you mean '--json'?\n"},
       WrongWords{{"list", "routers", "again"}, "moelab: list: unknown argument 'again'; `moelab list --help` shows what there is\n"},
       WrongWords{{"data", "prepair", "kjv"}, "moelab: data: unknown command 'prepair', did you mean 'prepare'?\n"},
-      WrongWords{{"list"}, "moelab: list: KIND is required; `moelab list --help` has an example\n"},
+      WrongWords{{"describe", "routers"}, "moelab: describe: NAME is required; `moelab describe --help` has an example\n"},
       WrongWords{{"list", "ruoters"},
-                 "moelab: nothing is called 'ruoters', did you mean 'routers'?; there are routers, experts, losses, objectives, datasets, metrics\n"},
+                 "moelab: there is no kind 'ruoters', did you mean 'routers'? kinds: routers, experts, losses, objectives, datasets, metrics\n"},
       WrongWords{{"completion", "fish"}, "moelab: there is no completion for 'fish'; there is one for bash\n"});
   const ProgramResult result = moelab_run(wrong.arguments);
   CHECK(result.code == 2);

@@ -93,10 +93,17 @@ TEST_CASE("everything that is listed can be described, as text and as JSON") {
   }
 }
 
+TEST_CASE("list without a kind tells which kinds there are, and a kind may be named in the singular") {
+  const ProgramResult kinds = moelab_run({"list"});
+  CHECK(kinds.code == 0);
+  for (const char* kind : {"routers", "experts", "losses", "objectives", "datasets", "metrics"}) CHECK(contains(kinds.out, kind));
+  CHECK(moelab_run({"describe", "router", "switch"}).out == moelab_run({"describe", "routers", "switch"}).out);
+}
+
 TEST_CASE("describe refuses an unknown name with the nearest one") {
   const ProgramResult result = moelab_run({"describe", "routers", "swich"});
   CHECK(result.code == 2);
-  CHECK(result.err.starts_with("moelab: 'swich' is none of the routers, did you mean 'switch'?; there are "));
+  CHECK(result.err.starts_with("moelab: 'swich' is none of the routers, did you mean 'switch'? there are "));
 }
 
 }  // namespace

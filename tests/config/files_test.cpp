@@ -52,6 +52,25 @@ TEST_CASE("of several bases the later one wins, and the file itself wins over al
   CHECK(options.integer("c") == 3);
 }
 
+TEST_CASE("a path starts at the file that says it where it leads somewhere, else at the working folder, and is written whole") {
+  const ConfigFolder folder;
+  folder.write("texts/a.txt", "a");
+  folder.write("base/b.toml", "[data]\nnear = '../texts/a.txt'\nfar = 'no/such/file'\nseveral = '../texts, x.so'\n");
+  const OptionSpecs specs{option("near", "", "").as_path(), option("far", "", "").as_path(), option("several", "", "").as_paths(),
+                          option("unset", "", "").as_path()};
+  const Table root = load_config(folder.write("exp.toml", "extends = 'base/b.toml'\n"));
+  const Options options = root.child("data").options(specs);
+  const std::string here = std::filesystem::current_path().string();
+  CHECK(options.text("near") == folder.at("texts/a.txt"));
+  CHECK(options.text("far") == here + "/no/such/file");
+  CHECK(options.text("several") == folder.at("texts") + ", " + here + "/x.so");
+  CHECK(options.text("unset").empty());
+  CHECK(resolved_text(root).find("near = \"" + folder.at("texts/a.txt") + "\"") != std::string::npos);
+
+  const Table overridden = load_config(folder.at("exp.toml"), {"data.near=texts/a.txt"});
+  CHECK(overridden.child("data").options(specs).text("near") == here + "/texts/a.txt");
+}
+
 TEST_CASE("a diamond of extends is no loop") {
   const ConfigFolder folder;
   folder.write("root.toml", "a = 1\nb = 1\n");

@@ -218,6 +218,18 @@ TEST_CASE("the random order is a draw of (sequence, position): the same again, a
   CHECK_FALSE(capacity_served(c).equal(first));
 }
 
+// 5 rows on three ranks at 1.25/4: ceil(5·1.25/4) = 2 places each, though ranks of 3, 1 and 1 rows alone would have 1 + 1 + 1.
+TEST_CASE("ranks that share one scope have its places once") {
+  const Policy policy{.mode = Policy::Mode::kFactor, .factor = 1.25, .scope = Policy::Scope::kGlobal};
+  std::vector<int64_t> places(3);
+  run_on_threads(3, [&](std::shared_ptr<Comm> comm) {
+    RouteCase input(random_tensor(1, {comm->rank() == 0 ? 3 : 1, 2}));
+    input.in.comm = comm.get();
+    places[static_cast<size_t>(comm->rank())] = total_places(policy, input.in, 4, 1);
+  });
+  CHECK(places == std::vector<int64_t>{4 * 2, 0, 0});
+}
+
 TEST_CASE("total places add up over sequences and experts") {
   const RouteCase input = RouteCase(random_tensor(1, {7, 2})).sequences({0, 0, 1, 0, 1, 0, 0});
   const Policy per_sequence{.mode = Policy::Mode::kFactor, .factor = 1};

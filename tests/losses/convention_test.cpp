@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 
+#include <ATen/ATen.h>
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_floating_point.hpp>
 
@@ -78,6 +79,32 @@ TEST_CASE("Every loss takes its landmark values at perfect balance and at collap
         if (convention.name == "z") CHECK(std::isnan(marks.collapse));
         else CHECK_THAT(collapse, WithinAbs(marks.collapse, 1e-12));
       }
+}
+
+// A decision laid out over `room` more experts that are not there: probability 0.
+RouteOutput with_room(RouteOutput out, int64_t room) {
+  const auto widened = [&](const Tensor& rows_TE, double fill) {
+    return at::cat({rows_TE, at::full({rows_TE.size(0), room}, fill, at::kDouble)}, 1);
+  };
+  out.scores.loss_TE = widened(out.scores.loss_TE, 0);
+  out.scores.clean_TE = widened(out.scores.clean_TE, -1e9);
+  out.scores.noisy_TE = out.scores.clean_TE;
+  return out;
+}
+
+TEST_CASE("With room to grow, landmarks say the values that losses over max_experts take") {
+  for (const Convention& convention : kConventions)
+    for (const int64_t k : {1, 2, 5}) {
+      CAPTURE(convention.name, convention.settings.size(), k);
+      const auto loss = make_loss(convention.name, convention.settings);
+      const Landmarks marks = loss->landmarks_among(5, 8, k);
+      const RouteInput in = input_of(5);
+      const double balance = value_of(*loss, in, with_room(balanced_decision(5, k), 3), 8).item<double>();
+      const double collapse = value_of(*loss, in, with_room(collapsed_decision(5, k), 3), 8).item<double>();
+      CHECK_THAT(balance, WithinAbs(marks.balance, 1e-12));
+      if (convention.name != "z") CHECK_THAT(collapse, WithinAbs(marks.collapse, 1e-12));
+    }
+  CHECK(make_loss("balance")->landmarks_among(5, 8, 1).balance == 8.0 / 5);
 }
 
 TEST_CASE("1.3 Switch and GShard count first choices: 1 at balance, E at top-1 collapse") {

@@ -53,6 +53,7 @@ RoutingRecord random_record(std::mt19937_64& bits, int64_t rows, int64_t experts
 
 void check_equal(const RoutingRecord& a, const RoutingRecord& b) {
   CHECK(a.experts == b.experts);
+  CHECK(a.active_E == b.active_E);
   CHECK(a.chosen_E == b.chosen_E);
   CHECK(a.accepted_E == b.accepted_E);
   CHECK(a.rows == b.rows);
@@ -135,6 +136,28 @@ TEST_CASE("Rows that chose nothing at all leave every expert dead and no load to
   CHECK(m.at("left_behind") == 1);
   CHECK(std::isnan(m.at("load_cv2")));
   CHECK(std::isnan(m.at("dropped")));
+}
+
+// Three of four experts, evenly loaded: even, none dead, and undecided at ln 3; then the fourth one comes and gets nothing.
+TEST_CASE("Only experts that were active at some time in the window are counted") {
+  RouteOutput out = chosen_only({{0}, {1}, {2}}, Rows(3, {1. / 3, 1. / 3, 1. / 3, 0}));
+  out.places = 8;
+  RoutingRecord record = record_of(input_of(3), out, 4, choices_of({{1, 1, 1, 0}})[0].to(at::kBool));
+  CHECK(record.active_experts() == 3);
+  CHECK(record.active_E == std::vector<int64_t>{3, 3, 3, 0});
+  const Metrics three = metrics_of(record);
+  CHECK(three.at("load_cv2") == 0);
+  CHECK(three.at("min_over_mean") == 1);
+  CHECK(three.at("dead") == 0);
+  CHECK(three.at("capacity_used") == 3.0 / 6);
+  CHECK_THAT(three.at("load_entropy"), WithinAbs(1, 1e-12));
+  CHECK_THAT(three.at("router_entropy"), WithinAbs(1, 1e-12));
+  record.add(record_of(input_of(3), out, 4));
+  const Metrics four = metrics_of(record);
+  CHECK(record.active_E == std::vector<int64_t>{6, 6, 6, 3});
+  CHECK(four.at("dead") == 1);
+  CHECK(four.at("capacity_used") == 6.0 / 14);
+  CHECK_THAT(four.at("router_entropy"), WithinAbs(std::log(3.0) / std::log(4.0), 1e-12));
 }
 
 TEST_CASE("A merge plan has no counts, only the entropy of its probabilities") {

@@ -1,6 +1,8 @@
 // Bad input through the real program: one line with the place and the remedy, the documented exit code, nothing created.
 #include "train_process.h"
 
+#include "tests/support/tiny_experiment.h"
+
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 
@@ -9,27 +11,7 @@
 namespace moelab::test {
 namespace {
 
-const char* const kGoodInput = R"(
-[model]
-layers = 2
-width = 16
-heads = 2
-context = 8
-[moe]
-experts = 4
-[moe.router]
-name = "switch"
-[moe.expert]
-width = 16
-[data]
-name = "markov"
-validation_documents = 4
-[train]
-steps = 4
-batch = 4
-[checkpoint]
-every = 1
-)";
+const std::string kGoodInput = kTinyTables + "[train]\nsteps = 4\nbatch = 4\n[checkpoint]\nevery = 1\n";
 
 // An experiment that lays `text` on the good one. `line` is what follows "moelab: "; "@" stands for the file.
 struct BadInput {
@@ -53,7 +35,7 @@ std::vector<BadInput> bad_inputs() {
       {"[train\n", "@:2:"},
       {"# \xff\n", "@:2:"},
       {"[train]\nsteps = 2020-01-01\n", "@:3:1: a date or a time is no value here"},
-      {"[moe.router]\nname = \"swich\"\n", "@:3:1: nothing is named 'swich', did you mean 'switch'?; registered: "},
+      {"[moe.router]\nname = \"swich\"\n", "@:3:1: nothing is named 'swich', did you mean 'switch'? registered: "},
       {"[moe.expert]\nname = \"fnn\"\n", "@:3:1: nothing is named 'fnn', did you mean 'ffn'?"},
       {"[[loss]]\nname = \"balanse\"\n", "@:3:1: nothing is named 'balanse', did you mean 'balance'?"},
       {"[data]\nname = \"marcov\"\n", "@:3:1: nothing is named 'marcov', did you mean 'markov'?"},
@@ -68,9 +50,14 @@ std::vector<BadInput> bad_inputs() {
       {"[train]\nmicro_batches = 3\n", "@:3:1: batch = 4 cannot be split into 3 equal micro-batches"},
       {"[moe.router]\nname = \"uniform\"\n[[loss]]\nname = \"balance\"\n",
        "@:5:1: loss 'balance' cannot be used with router 'uniform': it reads the router's logits or probabilities, and this router has none"},
+      {"[[layer]]\nwhere = \"last\"\n[layer.moe]\nexperts = 8\n[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\n",
+       "@:8:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 4 and layer 1 has 8; use "},
       {"[[loss]]\nname = \"z\"\n[[loss]]\nname = \"z\"\n", "@:5:1: two losses are labelled 'z'; give one of them another `label`"},
       {"[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\n", "@:4:1: layer 0: router 'switch' looks ahead in training of a causal model: "},
-      {"plugins = \"nowhere.so\"\n", "@:2:1: cannot read 'nowhere.so': No such file or directory"},
+      {"[moe.capacity]\nfactor = 1.5\n", "@:3:1: 'factor' is not read without a `mode`; "},
+      {"[moe.capacity]\nmode = \"paper\"\nfactor = 1.5\n", "@:4:1: 'factor' is not read with mode = \"paper\""},
+      {"[moe.capacity.eval]\nmin = 4\n", "@:3:1: 'min' is not read without a `mode`; "},
+      {"plugins = \"nowhere.so\"\n", "@:2:1: cannot read '"},
       {"name = \"../elsewhere\"\n", "@:2:1: '../elsewhere' cannot name a folder"},
       {"", "--set train.steps: there is no '='; write --set table.key=value", 2, {"train.steps"}},
       {"", "--set train.stepz=3: unknown key 'stepz' in [train], did you mean 'steps'?", 2, {"train.stepz=3"}},
@@ -80,7 +67,7 @@ std::vector<BadInput> bad_inputs() {
 bool is_one_line(const std::string& text) { return std::count(text.begin(), text.end(), '\n') == 1 && text.ends_with('\n'); }
 
 std::string with_file(std::string line, const std::string& file) {
-  if (line.starts_with('@')) line.replace(0, 1, file);
+  if (const size_t at = line.find('@'); at != std::string::npos) line.replace(at, 1, file);
   return "moelab: " + line;
 }
 
@@ -115,7 +102,7 @@ std::vector<MissingInput> missing_inputs() {
       {{"run", "nowhere.toml"}, "nowhere.toml: no such file"},
       {{"run", "god.toml"}, "god.toml: no such file, did you mean 'good.toml'?"},
       {{"run", "loop.toml"}, "loop.toml:1:1: 'extends' runs in a loop: loop.toml -> loop.toml", 2},
-      {{"run", "bytes.toml", "--out", "run"}, "nowhere.txt: no such file or folder; check `path`"},
+      {{"run", "bytes.toml", "--out", "run"}, "bytes.toml:5:1: @/nowhere.txt: no such file or folder; check `path`"},
       {{"run", "kjv.toml", "--out", "run"}, ""},
       {{"run", "good.toml", "--out", "good.toml"}, "good.toml is a file; choose another folder with --out", 2},
       {{"run", "good.toml", "--out", "/proc/moelab"}, "cannot create '/proc/moelab': "},
@@ -139,7 +126,7 @@ TEST_CASE("what is missing or cannot be written is named, and nothing is created
     CAPTURE(missing.arguments, result.err);
     CHECK(result.code == missing.code);
     CHECK(is_one_line(result.err));
-    CHECK(result.err.starts_with("moelab: " + missing.line));
+    CHECK(result.err.starts_with(with_file(missing.line, folder.path())));
     CHECK(folder.files() == before);
   }
   unsetenv("XDG_CACHE_HOME");
@@ -208,6 +195,12 @@ TEST_CASE("training that diverges ends with 3, with the layer and the step, and 
   CHECK(result.err.find("non-finite") != std::string::npos);
   CHECK(result.err.find("at step 1") != std::string::npos);
   CHECK(text_of(folder / "run/STATUS") == "failed: " + result.err.substr(8));
+  const nlohmann::json summary = nlohmann::json::parse(text_of(folder / "run/summary.json"));
+  CHECK(summary.at("outcome") == "diverged");
+  CHECK(summary.at("error").get<std::string>() + "\n" == result.err.substr(8));
+  CHECK(summary.at("step") == 1);
+  CHECK(summary.at("eval.loss").is_null());
+  CHECK(summary.at("verdict") == "not judged");
 }
 
 }  // namespace

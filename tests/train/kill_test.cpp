@@ -62,6 +62,23 @@ const KilledRun& undisturbed() {
   return run;
 }
 
+std::vector<double> seconds_of_records(const std::string& run) {
+  std::istringstream text(text_of(run + "/metrics.jsonl"));
+  std::vector<double> seconds;
+  for (std::string line; std::getline(text, line);) seconds.push_back(nlohmann::json::parse(line).at("seconds").get<double>());
+  return seconds;
+}
+
+TEST_CASE("the lines of evaluations, and what eval prints, hold the routing losses") {
+  const std::vector<std::string> lines = timeless_metrics(undisturbed().run);
+  const nlohmann::json last = nlohmann::json::parse(lines.back());
+  REQUIRE(last.at("final") == true);
+  const ProgramResult found = run_program(MOELAB_PROGRAM, {"eval", undisturbed().run, "--json"});
+  const nlohmann::json printed = nlohmann::json::parse(found.out);
+  for (const char* name : {"eval.layer.1.loss.importance", "eval.layer.1.loss.load", "eval.layer.1.loss.load.weighted"})
+    CHECK(printed.at(name) == last.at("m").at(name));
+}
+
 void check_as_undisturbed(const KilledRun& killed) {
   CHECK(checkpoint_files(killed.run) == checkpoint_files(undisturbed().run));
   CHECK(timeless_metrics(killed.run) == timeless_metrics(undisturbed().run));
@@ -115,6 +132,9 @@ TEST_CASE("SIGTERM and SIGINT finish the step, save, say so, and the run goes on
   CHECK(summary.at("eval.loss").is_null());
   CHECK(std::filesystem::exists(stopped.run + "/ckpt/step-" + summary.at("step").dump()));
   REQUIRE(run_program(MOELAB_PROGRAM, stopped.go_on()).code == 0);
+  const std::vector<double> seconds = seconds_of_records(stopped.run);
+  CHECK(std::is_sorted(seconds.begin(), seconds.end()));  // of all sessions
+  CHECK(nlohmann::json::parse(text_of(stopped.run + "/summary.json")).at("seconds").get<double>() >= seconds.back());
   // The stop added a checkpoint of its own; those of the schedule are the same.
   const auto expected = checkpoint_files(undisturbed().run);
   auto found = checkpoint_files(stopped.run);

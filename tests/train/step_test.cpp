@@ -60,8 +60,6 @@ StepOutcome step_of(const std::function<Experiment()>& make, StepCut cut, bool p
   return outcomes[0];
 }
 
-double far(double a, double b) { return std::abs(a - b) / std::max(std::abs(b), 1e-30); }
-
 void check_equal(const StepOutcome& a, const StepOutcome& b, double bound) {
   CHECK(far(a.result.task_loss, b.result.task_loss) <= bound);
   CHECK(far(a.result.total_loss, b.result.total_loss) <= bound);
@@ -127,13 +125,6 @@ TEST_CASE("a step equals itself cut in two, in float32") {
   check_equal(step_of(make, {2, 1}), whole, 1e-5);
 }
 
-// The balance loss of one set of statistics by loops: E · Σ_e (c_e / T) · (p_e / T).
-Tensor balance_by_hand(const Tensor& counts_E, const Tensor& probability_E, double rows) {
-  Tensor sum = at::zeros({}, at::kDouble);
-  for (int64_t e = 0; e < 4; ++e) sum = sum + counts_E[e].detach() / rows * probability_E[e] / rows * 4;
-  return sum;
-}
-
 // Mean over `parts` of the batch, weighted by rows, of each site's balance loss; the gradient of task + 0.3 · Σ_sites.
 StepOutcome scoped_by_hand(const Experiment& e, const std::vector<Batch>& parts) {
   StepContext context;
@@ -159,13 +150,6 @@ StepOutcome scoped_by_hand(const Experiment& e, const std::vector<Batch>& parts)
   }
   out.gradients = gradients_of(*e.model);
   return out;
-}
-
-Experiment balanced(const std::string& scope, const std::string& layers = "each") {
-  Experiment e = tiny_experiment("switch", {"model.dtype=float64", "moe.noise.kind=none"},
-                                 fmt::format("[[loss]]\nname = \"balance\"\ncoefficient = 0.3\nscope = \"{}\"\nlayers = \"{}\"\n", scope, layers));
-  shake(*e.model);
-  return e;
 }
 
 TEST_CASE("losses of scope micro and sequence are row-weighted means of plain loops over micro-batches and sequences") {
@@ -201,6 +185,42 @@ TEST_CASE("a pooled loss is one value from the counts of all layers, and is coun
     CHECK(far(ours.result.terms[0][0].value, value.item<double>()) <= 1e-10);
     CHECK(far(ours.result.total_loss, (task + value * 0.3).item<double>()) <= 1e-10);
     CHECK(largest_error(ours.gradients, plain) <= 1e-10);
+  }
+}
+
+// Σ over experts of (mean probability · the router's first column): reads a parameter beside its sums.
+struct WeightReader : Loss {
+  std::vector<Tensor> row_statistics(const LossInput& input) const override { return {input.out.scores.loss_TE}; }
+  Tensor value(const LossStatistics& s, const Router& router) const override {
+    return s.sums[0].div(std::max<int64_t>(1, s.rows)).mul(router.parameters()[0].tensor.select(1, 0)).sum();
+  }
+  Landmarks landmarks(int64_t, int64_t) const override { return {0, 0}; }
+};
+
+TEST_CASE("a step-scope loss whose value reads a router's parameters has its whole gradient, whatever the split") {
+  const auto make = [] {
+    Experiment e = tiny_experiment("switch", {"model.dtype=float64", "moe.noise.kind=none", "moe.losses=none"});
+    for (Site* site : e.model->sites())
+      site->losses.push_back({std::make_shared<WeightReader>(), "reader", 0.3, LossScope::kStep});
+    return e;
+  };
+  const Experiment e = make();
+  shake(*e.model);
+  StepContext context;
+  const std::shared_ptr<Comm> alone = single_comm();
+  context.comm = alone.get();
+  context.seed = 3;
+  const Batch whole = batches_of(e, 0, {1, 1}, false)[0];
+  const ModelOutput forward = e.model->forward(whole, context);
+  Tensor loss = cross_entropy_sum(forward.logits_BLV, whole.targets_BL).div(8 * 12);
+  for (size_t s = 0; s < 2; ++s)
+    loss = loss + WeightReader().value(forward.sites[s].statistics[0].per_scope[0], *e.model->sites()[s]->router) * 0.3;
+  e.model->zero_grad();
+  loss.backward();
+  const Tensors plain = gradients_of(*e.model);
+  for (const StepCut cut : {StepCut{1, 1}, StepCut{1, 4}, StepCut{2, 1}, StepCut{2, 2}}) {
+    CAPTURE(cut.ranks, cut.micro_batches);
+    CHECK(largest_error(step_of(make, cut).gradients, plain) <= 1e-10);
   }
 }
 
@@ -293,15 +313,15 @@ TEST_CASE("evaluations and observers between steps change no bit of a run") {
 TEST_CASE("ranks share an evaluation and all report the whole") {
   const auto make = [] { return tiny_experiment("noisy_topk", {"model.dtype=float64"}, kAllLosses); };
   const Experiment e = make();
-  const Evaluation alone = evaluate(*e.model, *e.data, 0, 4, 3, *single_comm());
+  const Evaluation alone = evaluate(*e.model, *e.data, {0, 4, 3}, *single_comm());
   run_on_threads(3, [&](std::shared_ptr<Comm> comm) {  // six sequences, four at a time: the third rank has none
     const Experiment own = make();
-    const Evaluation shared = evaluate(*own.model, *own.data, 0, 4, 3, *comm);
+    const Evaluation shared = evaluate(*own.model, *own.data, {0, 4, 3}, *comm);
     if (shared.tokens != alone.tokens || far(shared.loss, alone.loss) > 1e-11) throw std::runtime_error("loss differs");
     for (size_t s = 0; s < 2; ++s) {
       if (shared.records[s].chosen_E != alone.records[s].chosen_E) throw std::runtime_error("counts differ");
       for (size_t t = 0; t < alone.terms[s].size(); ++t)
-        if (far(shared.terms[s][t], alone.terms[s][t]) > 1e-11) throw std::runtime_error("loss terms differ");
+        if (far(shared.terms[s][t].value, alone.terms[s][t].value) > 1e-11) throw std::runtime_error("loss terms differ");
     }
   });
 }

@@ -112,4 +112,21 @@ inline Tensors trained(const Experiment& e, std::vector<Observer*> observers = {
   return state_of(trainer);
 }
 
+inline double far(double a, double b) { return std::abs(a - b) / std::max(std::abs(b), 1e-30); }
+
+// The balance loss of one set of statistics by loops: E · Σ_e (c_e / T) · (p_e / T).
+inline Tensor balance_by_hand(const Tensor& counts_E, const Tensor& probability_E, double rows) {
+  Tensor sum = at::zeros({}, at::kDouble);
+  for (int64_t e = 0; e < 4; ++e) sum = sum + counts_E[e].detach() / rows * probability_E[e] / rows * 4;
+  return sum;
+}
+
+// Switch layers with a balance loss of coefficient 0.3, in float64, shaken.
+inline Experiment balanced(const std::string& scope, const std::string& layers = "each") {
+  Experiment e = tiny_experiment("switch", {"model.dtype=float64", "moe.noise.kind=none"},
+                                 fmt::format("[[loss]]\nname = \"balance\"\ncoefficient = 0.3\nscope = \"{}\"\nlayers = \"{}\"\n", scope, layers));
+  shake(*e.model);
+  return e;
+}
+
 }  // namespace moelab::test
