@@ -24,6 +24,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 namespace moelab {
@@ -95,7 +97,8 @@ class LoryRouter : public LinearRouter {
     std::vector<Event> events(1);
     events.front().note = "end of the dense warm-up";
     for (int64_t e = 1; e < spec_.experts; ++e) {
-      Event copy{.kind = Event::Kind::kExpertAdded, .expert = e, .source = 0, .tensors = {}, .note = "copy of the dense expert"};
+      Event copy{.kind = Event::Kind::kExpertAdded, .expert = e, .source = 0, .tensors = {},
+                 .note = fmt::format("expert {} starts as a copy of the dense expert 0", e)};
       copy.with_moments = true;
       events.push_back(std::move(copy));
     }
