@@ -23,7 +23,9 @@ Tensor execute_merge(const MergePlan& plan, const ExpertBank& bank, const Execut
   const auto* count = count_G.const_data_ptr<int64_t>();
   std::vector<Tensor> outputs;
   for (int64_t g = 0, first = 0; g < count_G.numel(); first += count[g++])
-    if (count[g] > 0) outputs.push_back(bank.forward_with(bank.merge(plan.alpha_GE.select(0, g)), rows_TD.narrow(0, first, count[g])));
+    if (count[g] > 0)
+      outputs.push_back(
+          bank.forward_with(bank.merge(plan.alpha_GE.select(0, g)), rows_TD.narrow(0, first, count[g])));
   return at::cat(outputs).index_select(0, order_T.argsort().to(rows_TD.device()));
 }
 

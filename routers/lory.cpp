@@ -51,7 +51,8 @@ struct LoryGroups {
 LoryGroups lory_groups(const Tensor& sequence_T, const Tensor& segment_T) {
   const Tensor rank_T = std::get<1>(at::_unique2(segment_T, /*sorted=*/true, /*return_inverse=*/true));
   const int64_t ranks = rank_T.numel() == 0 ? 1 : rank_T.max().item<int64_t>() + 1;
-  const auto [key_G, group_T, counts] = at::_unique2(sequence_T.mul(ranks).add(rank_T), /*sorted=*/true, /*return_inverse=*/true);
+  const auto [key_G, group_T, counts] =
+      at::_unique2(sequence_T.mul(ranks).add(rank_T), /*sorted=*/true, /*return_inverse=*/true);
   return {group_T, key_G.floor_divide(ranks)};
 }
 
@@ -181,7 +182,8 @@ class LoryRouter : public LinearRouter {
   // The last group of each sequence is the open one from now on.
   static void keep(RouteState& state, int64_t sequences, const LoryGroups& groups, const Tensor& segment_T,
                    const GroupSums& sums, const Tensor& used_GE) {
-    const Tensor ends_G = at::cat({groups.sequence_G.diff().ne(0), at::ones({std::min<int64_t>(1, groups.count())}, at::kBool)});
+    const Tensor ends_G =
+        at::cat({groups.sequence_G.diff().ne(0), at::ones({std::min<int64_t>(1, groups.count())}, at::kBool)});
     const Tensor last_B = ends_G.nonzero().squeeze(1);
     check_invariant(last_B.numel() == sequences, "lory: a sequence without rows cannot be decoded");
     const Tensor segment_G = at::zeros({groups.count()}, at::kLong).index_copy(0, groups.of_row_T, segment_T);

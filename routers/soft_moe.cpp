@@ -46,8 +46,8 @@ class SoftMoeRouter : public Router {
     if (noise_.kind == NoiseSpec::Kind::kJitter)
       usage_error("[moe.noise] kind: the router 'soft_moe' adds noise to its logits; use \"normal\" or \"none\"");
     const double std = 1 / std::sqrt(static_cast<double>(spec.width));
-    phi_SD_ = add_parameter("phi", normal_tensor(spec.init.with("phi"), {spec.max_experts * slots_, spec.width}, std, spec.dtype),
-                            learned());
+    phi_SD_ = add_parameter(
+        "phi", normal_tensor(spec.init.with("phi"), {spec.max_experts * slots_, spec.width}, std, spec.dtype), learned());
     scale_ = add_parameter("scale", at::ones({1}, spec.dtype), learned());
   }
 
@@ -114,8 +114,8 @@ class SoftMoeRouter : public Router {
     const auto* rows = rows_B.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < in.sequences; ++b)
       if (rows[b] != 0 && rows[b] != slots)
-        usage_error(fmt::format("router 'soft_moe': \"identity\" pairs each row with a slot, but sequence {} has {} rows for {} "
-                                "slots (experts × slots_per_expert)", b, rows[b], slots));
+        usage_error(fmt::format("router 'soft_moe': \"identity\" pairs each row with a slot, but sequence {} has {} rows for "
+                                "{} slots (experts × slots_per_expert)", b, rows[b], slots));
   }
 
   // Without noise; slots of experts that are not there have probability 0.

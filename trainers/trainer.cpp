@@ -173,7 +173,8 @@ void Trainer::apply(Site& site, const Event& event) {
   else site.bank->reset_expert(event.expert, random_key(settings_.seed, "added expert").with(site.path, step_));
   for (const ExpertBank::Slice& slice : slices_of(site, event.expert, /*with_router=*/true)) optimizer_.reset_slice(slice);
   if (event.source < 0 || !event.with_moments) return;
-  const auto from = slices_of(site, event.source, /*with_router=*/false), to = slices_of(site, event.expert, /*with_router=*/false);
+  const auto from = slices_of(site, event.source, /*with_router=*/false);
+  const auto to = slices_of(site, event.expert, /*with_router=*/false);
   for (size_t i = 0; i < to.size(); ++i) optimizer_.copy_slice(from[i], to[i]);
 }
 

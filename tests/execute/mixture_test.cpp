@@ -13,12 +13,14 @@ using namespace moelab::testing;
 namespace {
 
 // y, then the gradients of a fixed mixture of it with respect to the leaves and the bank's parameters.
-std::vector<Tensor> mixture_values(const Plan& plan, const ExpertBank& bank, const Tensor& x_TD, std::vector<Tensor> leaves, Execution execution) {
+std::vector<Tensor> mixture_values(const Plan& plan, const ExpertBank& bank, const Tensor& x_TD, std::vector<Tensor> leaves,
+                                   Execution execution) {
   for (const NamedTensor& entry : bank.parameters()) leaves.push_back(entry.tensor);
   leaves.push_back(x_TD);
   for (const Tensor& leaf : leaves) leaf.mutable_grad() = Tensor();
   std::vector<Tensor> values{execute(plan, bank, {.x_TD = x_TD}, execution)};
-  values[0].mul(at::arange(values[0].numel(), at::kDouble).sin().view(values[0].sizes())).sum().backward({}, /*retain_graph=*/true);
+  const Tensor grad_y_TD = at::arange(values[0].numel(), at::kDouble).sin().view(values[0].sizes());
+  values[0].backward(grad_y_TD, /*retain_graph=*/true);
   for (const Tensor& leaf : leaves) values.push_back(leaf.grad().clone());
   return values;
 }
@@ -36,7 +38,8 @@ TEST_CASE("merge plans: the fast path equals the reference, with groups out of o
   for (const char* activation : {"relu", "swiglu"}) {
     const auto bank = ffn_bank(3, 4, 5, activation, true, at::kDouble);
     const Tensor scores_GE = random_leaf(draw, {5, 4}, at::kDouble), x_TD = random_leaf(draw, {9, 3}, at::kDouble);
-    const MergePlan plan{.alpha_GE = scores_GE.softmax(1), .group_of_token_T = at::tensor({4, 0, 0, 4, 1, 0, 4, 3, 1}, at::kLong)};
+    const Tensor group_T = at::tensor({4, 0, 0, 4, 1, 0, 4, 3, 1}, at::kLong);
+    const MergePlan plan{.alpha_GE = scores_GE.softmax(1), .group_of_token_T = group_T};
     check_mixture(plan, *bank, x_TD, {scores_GE});
   }
 }

@@ -136,7 +136,8 @@ Vec mixture_of(const MixtureLayer& layer, const Inputs& in, const std::vector<Se
   const bool reads_itself = layer.router == "smear" || (layer.prompt && !layer.train);
   const Segment* before = nullptr;
   for (const Segment& other : all)
-    if (other.sequence == segment.sequence && other.number < segment.number && (!before || other.number > before->number)) before = &other;
+    if (other.sequence == segment.sequence && other.number < segment.number && (!before || other.number > before->number))
+      before = &other;
   if (reads_itself) return segment_mixture(in, segment);
   if (before) return segment_mixture(in, *before);
   Vec first(layer.experts, Dual(1.0 / static_cast<double>(layer.experts)));

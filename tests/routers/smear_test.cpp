@@ -59,7 +59,9 @@ TEST_CASE("smear with identical experts equals the dense expert, and one-hot wei
 TEST_CASE("smear looks at its whole sequence and at no other, and says so") {
   const Tensor x_TD = random_tensor(2, {6, 4});
   const auto router = smear_router();
-  const auto alpha_of = [&](const Tensor& rows) { return smear_plan(route(*router, RouteCase(rows).sequences({0, 0, 0, 1, 1, 1}))).alpha_GE; };
+  const auto alpha_of = [&](const Tensor& rows) {
+    return smear_plan(route(*router, RouteCase(rows).sequences({0, 0, 0, 1, 1, 1}))).alpha_GE;
+  };
   Tensor changed_TD = x_TD.clone();
   changed_TD[2] += 1;
   CHECK_FALSE(alpha_of(changed_TD)[0].equal(alpha_of(x_TD)[0]));

@@ -14,7 +14,9 @@ class FactorBank : public ExpertBank {
   double flops_per_row(int64_t) const override { return static_cast<double>(width_); }
   void reset_expert(int64_t, RandomKey) override {}
   bool has_forward_with() const override { return true; }
-  Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const override { return rows_ND.mul(parameters[0]); }
+  Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const override {
+    return rows_ND.mul(parameters[0]);
+  }
   Tensor forward(const ExpertContext& context, int) const override {
     return context.rows_ND.mul(factor_E_.repeat_interleave(context.offsets_E1.diff()).unsqueeze(1));
   }
