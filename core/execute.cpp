@@ -2,26 +2,58 @@
 
 #include "core/error.h"
 
-#include <spdlog/spdlog.h>
-
-#include <mutex>
-#include <set>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bincount.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
 
 namespace moelab {
 namespace {
 
-// One line per (form, kind of experts), however many layers and steps meet it.
-void note_slow_path(PlanForm form, const std::string& experts) {
-  static std::mutex mutex;
-  static std::set<std::pair<PlanForm, std::string>> noted;
-  const std::lock_guard lock(mutex);
-  if (noted.insert({form, experts}).second)
-    spdlog::info("{} plans over '{}' experts have no fast path: the reference executor runs (correct, slow)", to_string(form),
-                 experts);
-}
-
 Tensor execute_sparse(const SparsePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
   return combine_rows(map_pairs(plan, bank, dispatch_rows(input.x_TD, plan), input), plan);
+}
+
+// Group after group through its merged expert; groups without rows cost nothing.
+Tensor execute_merge(const MergePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
+  const Tensor& group_T = plan.group_of_token_T;
+  const Tensor order_T = group_T.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const Tensor rows_TD = input.x_TD.index_select(0, order_T.to(input.x_TD.device()));
+  const Tensor count_G = at::bincount(group_T, {}, plan.alpha_GE.size(0)).cpu();
+  const auto* count = count_G.const_data_ptr<int64_t>();
+  std::vector<Tensor> outputs;
+  for (int64_t g = 0, first = 0; g < count_G.numel(); first += count[g++])
+    if (count[g] > 0)
+      outputs.push_back(
+          bank.forward_with(bank.merge(plan.alpha_GE.select(0, g)), rows_TD.narrow(0, first, count[g])));
+  return at::cat(outputs).index_select(0, order_T.argsort().to(rows_TD.device()));
+}
+
+// The slots of all sequences, expert by expert, through the bank at once: [B,S,D] to [B,S,output width].
+Tensor run_slots(const SoftPlan& plan, const ExpertBank& bank, const Tensor& slots_BSD, const ExecuteInput& input) {
+  const int64_t sequences = slots_BSD.size(0), experts = plan.experts, slots = plan.slots_per_expert;
+  const Tensor by_expert = slots_BSD.view({sequences, experts, slots, -1}).transpose(0, 1);
+  const Tensor rows_ND = by_expert.reshape({experts * sequences * slots, slots_BSD.size(2)});
+  const Tensor offsets_E1 = at::arange(experts + 1, at::kLong).mul(sequences * slots);
+  const Tensor outputs_ND = bank.forward({.rows_ND = rows_ND, .offsets_E1 = offsets_E1, .input_TD = input.x_TD,
+                                          .sequence_T = input.sequence_T, .cu_seqlens_B1 = input.cu_seqlens_B1,
+                                          .cache = input.cache, .training = input.training}, 0);
+  return outputs_ND.reshape({experts, sequences, slots, -1}).transpose(0, 1).reshape({sequences, experts * slots, -1});
+}
+
+Tensor execute_soft(const SoftPlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
+  std::vector<SoftMatrices> matrices;
+  std::vector<Tensor> slots, outputs, rows;
+  for (int64_t b = 0; b < plan.sequences; ++b) {
+    matrices.push_back(soft_matrices(plan, b));
+    const Tensor x_MD = input.x_TD.index_select(0, matrices.back().row_M);
+    slots.push_back(matrices.back().dispatch_MS.to(x_MD.scalar_type()).t().matmul(x_MD));
+    rows.push_back(matrices.back().row_M);
+  }
+  const Tensor outputs_BSD = run_slots(plan, bank, at::stack(slots), input);
+  for (int64_t b = 0; b < plan.sequences; ++b)
+    outputs.push_back(matrices[b].combine_MS.to(outputs_BSD.scalar_type()).matmul(outputs_BSD.select(0, b)));
+  return at::cat(outputs).index_select(0, at::cat(rows).argsort());
 }
 
 }  // namespace
@@ -39,10 +71,11 @@ Tensor execute(const Plan& plan, const ExpertBank& bank, const ExecuteInput& inp
   if (bank.stages() != 1)
     usage_error("experts '" + bank.name() + "' work in " + std::to_string(bank.stages()) +
                 " stages around code of their module; place them in a site that runs the stages itself");
-  const auto* sparse = std::get_if<SparsePlan>(&plan);
-  if (execution == Execution::kAuto && sparse != nullptr) return execute_sparse(*sparse, bank, input);
-  if (execution == Execution::kAuto) note_slow_path(static_cast<PlanForm>(plan.index()), bank.name());
-  return execute_reference(plan, bank, input);
+  if (execution == Execution::kReference) return execute_reference(plan, bank, input);
+  if (const auto* sparse = std::get_if<SparsePlan>(&plan)) return execute_sparse(*sparse, bank, input);
+  if (input.x_TD.size(0) == 0) return input.x_TD.mul(0);  // there may be no sequence and no group
+  if (const auto* soft = std::get_if<SoftPlan>(&plan)) return execute_soft(*soft, bank, input);
+  return execute_merge(std::get<MergePlan>(plan), bank, input);
 }
 
 }  // namespace moelab

@@ -1,5 +1,5 @@
 // Carries out a plan. The reference executor materialises D, A and C and evaluates any plan with any bank: slow, and what
-// every fast path is tested against. A combination without a fast path falls back to it, with one log line saying so.
+// the fast path of each form is tested against.
 #pragma once
 
 #include "core/expert.h"

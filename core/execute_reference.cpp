@@ -5,11 +5,14 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/searchsorted.h>
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 
@@ -67,13 +70,14 @@ Tensor reference_sparse(const SparsePlan& plan, const ExpertBank& bank, const Ex
 }
 
 Tensor reference_merge(const MergePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
+  if (input.x_TD.size(0) == 0) return input.x_TD.mul(0);  // there may be no group to run
   const Tensor identity_TT = at::eye(input.x_TD.size(0), input.x_TD.options());
   return evaluate({.read_TJ = identity_TT, .group_J = plan.group_of_token_T, .mixture_GE = plan.alpha_GE,
                    .write_TJ = identity_TT}, bank, input.x_TD, nullptr, input);
 }
 
 Tensor soft_sequence(const SoftPlan& plan, const SoftMatrices& matrices, const ExpertBank& bank, const ExecuteInput& input) {
-  const Tensor slot_S = at::arange(plan.key_SD.size(0), plan.sequence_T.options());
+  const Tensor slot_S = at::arange(plan.experts * plan.slots_per_expert, plan.sequence_T.options());
   return evaluate({.read_TJ = matrices.dispatch_MS, .group_J = slot_S.floor_divide(plan.slots_per_expert), .mixture_GE = {},
                    .write_TJ = matrices.combine_MS}, bank, input.x_TD.index_select(0, matrices.row_M), nullptr, input);
 }
@@ -90,7 +94,7 @@ Tensor reference_soft(const SoftPlan& plan, const ExpertBank& bank, const Execut
 }
 
 Tensor soft_noise(const SoftPlan& plan, const Tensor& row_M, const Tensor& like_MS) {
-  if (plan.noise_TS.defined()) return plan.noise_TS.index_select(0, row_M).to(like_MS);
+  if (plan.noise_TS.defined()) return plan.noise_TS.narrow(1, 0, like_MS.size(1)).index_select(0, row_M).to(like_MS);
   const Tensor rows = row_M.cpu();
   return normal_rows(plan.noise_key, plan.sequence_key_T.index_select(0, rows), plan.position_T.index_select(0, rows),
                      like_MS.size(1), like_MS.scalar_type()).to(like_MS.device());
@@ -99,6 +103,7 @@ Tensor soft_noise(const SoftPlan& plan, const Tensor& row_M, const Tensor& like_
 // Float32 or better, whatever the rows' dtype.
 Tensor soft_logits(const SoftPlan& plan, const Tensor& row_M) {
   const at::ScalarType dtype = plan.query_TD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor query_MD = plan.query_TD.index_select(0, row_M).to(dtype);
   const Tensor logits_MS = query_MD.matmul(plan.key_SD.to(dtype).t()).mul(plan.scale.to(dtype));
   return plan.noise_std > 0 ? logits_MS.add(soft_noise(plan, row_M, logits_MS), plan.noise_std) : logits_MS;
@@ -111,13 +116,19 @@ Tensor soft_weights(SlotWeights mode, const Tensor& logits_MS, int64_t axis) {
   return at::full(logits_MS.sizes(), 1.0 / static_cast<double>(std::max<int64_t>(1, logits_MS.size(axis))), logits_MS.options());
 }
 
+// Zeros for the slots that the plan's key lacks.
+Tensor with_all_slots(const SoftPlan& plan, const Tensor& weights_MS) {
+  const int64_t missing = plan.experts * plan.slots_per_expert - weights_MS.size(1);
+  return missing == 0 ? weights_MS : at::constant_pad_nd(weights_MS, {0, missing});
+}
+
 }  // namespace
 
 SoftMatrices soft_matrices(const SoftPlan& plan, int64_t sequence) {
   const Tensor row_M = indices_of(plan.sequence_T.eq(sequence)).to(plan.query_TD.device());
   const Tensor logits_MS = soft_logits(plan, row_M);
-  return {.row_M = row_M, .dispatch_MS = soft_weights(plan.dispatch, logits_MS, 0),
-          .combine_MS = soft_weights(plan.combine, logits_MS, 1)};
+  return {.row_M = row_M, .dispatch_MS = with_all_slots(plan, soft_weights(plan.dispatch, logits_MS, 0)),
+          .combine_MS = with_all_slots(plan, soft_weights(plan.combine, logits_MS, 1))};
 }
 
 Tensor execute_reference(const Plan& plan, const ExpertBank& bank, const ExecuteInput& input) {

@@ -82,7 +82,8 @@ void validate_sparse(const SparsePlan& plan, int64_t rows, int64_t experts) {
 void validate_soft(const SoftPlan& plan, int64_t rows, int64_t experts) {
   require(plan.experts == experts, "sizes differ from the layer's");
   require(plan.query_TD.dim() == 2 && plan.query_TD.size(0) == rows, "query needs one row per token");
-  require(plan.key_SD.size(0) == experts * plan.slots_per_expert, "key needs one row per slot");
+  require(plan.key_SD.size(0) <= experts * plan.slots_per_expert && plan.key_SD.size(0) % plan.slots_per_expert == 0,
+          "key needs one row per slot of the experts in use");
   require(plan.sequence_T.numel() == rows, "sequence needs one entry per token");
   require_finite_plan(plan.query_TD, "query");
   require_finite_plan(plan.key_SD, "key");

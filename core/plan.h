@@ -31,7 +31,7 @@ struct SoftPlan {
   int64_t experts = 0;
   int64_t slots_per_expert = 1;  // slot s belongs to expert s / slots_per_expert
   Tensor query_TD;               // on the graph, normalised where the method does
-  Tensor key_SD;                 // on the graph
+  Tensor key_SD;                 // on the graph; it may lack the slots of the last experts: those have no weight in D and C
   Tensor scale;                  // one element, on the graph
   Tensor sequence_T;             // int64, 0 … sequences-1
   int64_t sequences = 0;

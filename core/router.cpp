@@ -93,7 +93,8 @@ Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode
   const bool independent = mode == Mode::kTrain ? facts.batch_independent : facts.batch_independent_eval;
   if (!independent && facts.time_ordered) return {true, "the rows that a decision depends on are never later ones"};
   if (!independent) return {false, fmt::format("in {} a row's decision depends on later rows", to_string(mode))};
-  if (policy.mode == CapacityPolicy::Mode::kNone) return {true, "each row decides for itself"};
+  if (policy.mode == CapacityPolicy::Mode::kNone)
+    return {true, facts.plan == PlanForm::kMerge ? "each segment is decided by earlier ones" : "each row decides for itself"};
   if (policy.priority != CapacityPolicy::Priority::kPosition)
     return {false, "the capacity serves by priority, so a later row can take an earlier one's place"};
   if (policy.lets_the_future_in(k))

@@ -89,6 +89,7 @@ struct Event {
   int64_t source = -1;               // expert whose parameters the new one starts from; -1 = fresh
   std::vector<std::string> tensors;  // names below the router, for freeze and unfreeze
   std::string note;                  // one line for events.jsonl
+  bool with_moments = false;         // added from a source: with its optimiser moments, which otherwise start at zero
 };
 
 struct CorpusStatistics {
@@ -112,7 +113,8 @@ struct RouterFacts {
   bool needs_segments = false;
   bool needs_domain = false;
   bool needs_global_batch = false; // decides over all ranks' rows
-  bool batch_independent = true;   // without a capacity, a row's decision depends on that row alone (in training)
+  bool batch_independent = true;   // without a capacity, a row's decision depends on that row and on earlier ones of its
+                                   // sequence alone (in training)
   bool batch_independent_eval = true;
   bool looks_ahead = false;        // reads later tokens by construction (leak controls)
   bool straight_through = false;   // its gradient is a declared surrogate

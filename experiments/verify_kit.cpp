@@ -35,6 +35,18 @@ bool builds(const RouterEntry& entry, const Variant& variant) {
   }
 }
 
+// Some settings are for batches of one shape alone. Other failures are for the properties to find.
+bool refuses_any_batch(const RouterEntry& entry, const Variant& variant) {
+  try {
+    RouteState state;
+    kit_router(entry, variant, {})->route(kit_input({}), state);
+  } catch (const Error& error) {
+    return error.code() == ExitCode::kUsage;
+  } catch (const std::exception&) {
+  }
+  return false;
+}
+
 Subject subject_of(const RouterEntry& entry, const Variant& variant, const VerifySettings& settings) {
   return {entry, variant, kit_router(entry, variant, {})->facts(), settings.cases, settings.seed};
 }
@@ -102,7 +114,9 @@ std::vector<Variant> variants_of(const RouterEntry& entry) {
     for (const OptionValue& value : other_values(spec))
       variants.push_back({.label = fmt::format("{} = {}", spec.name, to_text(value)), .options = {{spec.name, value}}});
   for (Variant& noisy : noise_variants(entry)) variants.push_back(std::move(noisy));
-  std::erase_if(variants, [&](const Variant& variant) { return !variant.label.empty() && !builds(entry, variant); });
+  std::erase_if(variants, [&](const Variant& variant) {
+    return !variant.label.empty() && (!builds(entry, variant) || refuses_any_batch(entry, variant));
+  });
   return variants;
 }
 

@@ -111,6 +111,14 @@ void Optimizer::reset_slice(const ExpertBank::Slice& slice) {
     if (moment.defined()) moment.select(0, slice.slot).zero_();
 }
 
+void Optimizer::copy_slice(const ExpertBank::Slice& from, const ExpertBank::Slice& to) {
+  const at::NoGradGuard no_grad;
+  const Entry& source = entry_of(from.stacked);
+  const Entry& target = entry_of(to.stacked);
+  target.first.select(0, to.slot).copy_(source.first.select(0, from.slot));
+  if (source.second.defined()) target.second.select(0, to.slot).copy_(source.second.select(0, from.slot));
+}
+
 std::vector<NamedTensor> Optimizer::state() const {
   std::vector<NamedTensor> all;
   for (const Entry& entry : entries_) {

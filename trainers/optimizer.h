@@ -21,8 +21,9 @@ class Optimizer {
   // moments.
   void step(double lr, const std::vector<ExpertBank::Slice>& untouched = {});
 
-  // Clears the moments of one row of a stacked parameter: what expert surgery needs.
+  // Clears or copies the moments of one row of a stacked parameter: what expert surgery needs.
   void reset_slice(const ExpertBank::Slice& slice);
+  void copy_slice(const ExpertBank::Slice& from, const ExpertBank::Slice& to);
 
   // Everything a checkpoint must keep: "m.<name>", "v.<name>", "step.<name>", in the order of the parameters.
   std::vector<NamedTensor> state() const;

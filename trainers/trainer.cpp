@@ -26,12 +26,11 @@ namespace {
   diverged_error(fmt::format("the gradient norm overflows at step {}; nothing was updated", step));
 }
 
-// The experts that are not there yet, or no longer: a router with room to grow keeps a buffer `mask` [E], 1 = active.
+// The experts that are not there yet, or no longer.
 std::vector<bool> masked_experts(const Site& site) {
   std::vector<bool> masked(static_cast<size_t>(site.bank->experts()), false);
-  for (const NamedTensor& buffer : site.router->buffers())
-    for (size_t e = 0; buffer.name == "mask" && e < masked.size(); ++e)
-      masked[e] = buffer.tensor[static_cast<int64_t>(e)].item<double>() == 0;
+  const Tensor active_E = site.router->active_experts_E();
+  for (size_t e = 0; active_E.defined() && e < masked.size(); ++e) masked[e] = !active_E[static_cast<int64_t>(e)].item<bool>();
   return masked;
 }
 
@@ -174,6 +173,10 @@ void Trainer::apply(Site& site, const Event& event) {
   if (event.source >= 0) site.bank->clone_expert(event.source, event.expert);
   else site.bank->reset_expert(event.expert, random_key(settings_.seed, "added expert").with(site.path, step_));
   for (const ExpertBank::Slice& slice : slices_of(site, event.expert, /*with_router=*/true)) optimizer_.reset_slice(slice);
+  if (event.source < 0 || !event.with_moments) return;
+  const auto from = slices_of(site, event.source, /*with_router=*/false);
+  const auto to = slices_of(site, event.expert, /*with_router=*/false);
+  for (size_t i = 0; i < to.size(); ++i) optimizer_.copy_slice(from[i], to[i]);
 }
 
 Request Trainer::observe(const StepResult& result, double lr, double norm) {
