@@ -5,7 +5,7 @@
 // Conventions, each with its value at perfect balance and with all rows on the same k experts:
 //   counts = first_choice                  1   E/k   Switch, GShard, V-MoE's gshard loss: only a row's first choice counts
 //   counts = any_choice                    k   E     flaxformer and Mixtral-style code: every choice counts, Σ f = k
-//   counts = any_choice, divide_by_k       1   E/k   Megatron, DeepSpeed top-k, OLMo-core
+//   counts = any_choice, divide_by_k       1   E/k   Megatron, DeepSpeed top-k, OLMo-core; f / Σ f where k varies (top-p)
 //   layers = pooled                                  Mixtral-style code: counts and probabilities of all layers form one value
 //   probabilities = noisy                            V-MoE's gshard loss: softmax of the noisy logits
 // With room to grow E is max_experts: balance over A active experts is E/A times the value above.
@@ -28,11 +28,12 @@ class BalanceLoss : public Loss {
 
   std::vector<Tensor> row_statistics(const LossInput& input) const override {
     const Tensor probability_TE = probabilities(input);
-    return {shares(input, probability_TE.scalar_type()), probability_TE};
+    return {counted(input, probability_TE.scalar_type()), probability_TE};
   }
 
   Tensor value(const LossStatistics& statistics, const Router&) const override {
-    const Tensor share_E = mean_over_rows(statistics.sums[0], statistics.rows);
+    const Tensor& count_E = statistics.sums[0];
+    const Tensor share_E = divide_by_k_ ? count_E.div(count_E.sum().clamp_min(1)) : mean_over_rows(count_E, statistics.rows);
     const Tensor probability_E = mean_over_rows(statistics.sums[1], statistics.rows);
     return share_E.mul(probability_E).sum().mul(share_E.size(0));
   }
@@ -55,14 +56,10 @@ class BalanceLoss : public Loss {
     return required(scores.loss_TE, "probabilities", "balance", input);
   }
 
-  // What a row adds to the counts: it sums to 1, or to its number of choices.
-  Tensor shares(const LossInput& input, at::ScalarType dtype) const {
+  // [T,E], 1 where a choice of the row counts.
+  Tensor counted(const LossInput& input, at::ScalarType dtype) const {
     const Tensor& choice_TK = input.out.assignment.choice_TK;
-    if (!any_choice_) return chosen_experts(choice_TK.slice(1, 0, 1), input.experts, dtype);
-    const Tensor chosen_TE = chosen_experts(choice_TK, input.experts, dtype);
-    if (!divide_by_k_) return chosen_TE;
-    if (input.out.k > 0) return chosen_TE.div(input.out.k);
-    return chosen_TE.div(chosen_TE.sum(1, /*keepdim=*/true).clamp_min(1));
+    return chosen_experts(any_choice_ ? choice_TK : choice_TK.slice(1, 0, 1), input.experts, dtype);
   }
 
   bool any_choice_, divide_by_k_, noisy_, pooled_;
@@ -82,7 +79,7 @@ const Registration<LossEntry> balance_registration{{
         {
             option("counts", "first_choice", "which choices of a row count: its first one, or each (then Σ f = k)")
                 .one_of({"first_choice", "any_choice"}),
-            option("divide_by_k", false, "any_choice only: divide f by the row's number of choices, so that Σ f = 1"),
+            option("divide_by_k", false, "any_choice only: divide f by the mean number of choices, so that Σ f = 1"),
             option("probabilities", "clean", "P from probabilities without noise, or softmax of the noisy logits")
                 .one_of({"clean", "noisy"}),
             option("layers", "each", "one value per layer, or one value from the counts of all layers together")

@@ -175,13 +175,13 @@ TEST_CASE("Choices are counted before drops and refusals, and -1 is no choice") 
   CHECK_THAT(value_of(*make_loss("importance"), input_of(2), out, 2).item<double>(), WithinAbs(plain_cv2({2, .5}), 1e-12));
 }
 
-TEST_CASE("Where k varies, divide_by_k divides each row by its own number of choices") {
+TEST_CASE("3.9 Where k varies, divide_by_k divides f by Σ f, the mean number of choices") {
   Scores scores;
   scores.loss_TE = tensor_of({{.7, .2, .1}, {.3, .3, .4}});
-  RouteOutput out = decision_of(choices_of({{0, 1}, {2, -1}}), tensor_of({{.5, .5}, {1, 0}}), scores);
+  RouteOutput out = decision_of(choices_of({{0, 1}, {0, -1}}), tensor_of({{.5, .5}, {1, 0}}), scores);
   out.k = 0;
   const auto loss = make_loss("balance", {{"counts", std::string("any_choice")}, {"divide_by_k", true}});
-  CHECK_THAT(value_of(*loss, input_of(2), out, 3).item<double>(), WithinAbs(3 * (.25 * .5 + .25 * .25 + .5 * .25), 1e-12));
+  CHECK_THAT(value_of(*loss, input_of(2), out, 3).item<double>(), WithinAbs(3 * (2. / 3 * .5 + 1. / 3 * .25), 1e-12));
   CHECK(loss->landmarks(8, 0).balance == 1);
   CHECK(std::isnan(make_loss("balance", {{"counts", std::string("any_choice")}})->landmarks(8, 0).balance));
 }
