@@ -3,6 +3,7 @@
 // them in one thread, in turns, on the same scores: Gaussian with a Gaussian bias per expert.
 #include "core/assignment.h"
 #include "core/error.h"
+#include "core/memory.h"
 
 #include <benchmark/benchmark.h>
 
@@ -159,6 +160,7 @@ int main(int argc, char** argv) {
   int count = static_cast<int>(arguments.size());
   benchmark::Initialize(&count, arguments.data());
   if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 2;
+  keep_freed_memory();  // as the program does
   check_answers();
   register_lines();
   AssignmentReporter reporter;
