@@ -19,6 +19,7 @@
 
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <fmt/format.h>
 
