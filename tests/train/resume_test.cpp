@@ -6,6 +6,8 @@
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/generators/catch_generators_range.hpp>
 
+#include <algorithm>
+
 namespace moelab::test {
 namespace {
 
@@ -85,19 +87,28 @@ std::vector<std::string> changed_by(const std::string& mode) {
   return set;
 }
 
+bool evaluates_by_thresholds(const RouterEntry& router) {
+  for (const OptionSpec& option : router.options)
+    if (option.name == "eval") return std::count(option.choices.begin(), option.choices.end(), "thresholds") > 0;
+  return false;
+}
+
 // Stages of a router, where it has any, begin and end within the 12 steps of the run.
 std::vector<std::string> with_stages(const RouterEntry& router, std::vector<std::string> set) {
   const Options options(router.options);
   for (const auto& [key, step] : {std::pair("stage1_steps", 5), {"warmup_steps", 4}, {"window_start", 1}, {"window_update", 3}, {"window_period", 4}})
     if (options.declared(key)) set.push_back(fmt::format("moe.router.{}={}", key, step));
   if (options.declared("window_update")) set.push_back("moe.max_experts=6");
+  if (evaluates_by_thresholds(router)) set.push_back("moe.router.eval=thresholds");
   set.push_back("train.allow_noncausal_training=true");
   return set;
 }
 
+// All that a causal model, the only one there is, lets evaluate.
 std::vector<std::string> router_names() {
   std::vector<std::string> names;
-  for (const RouterEntry& router : Registry<RouterEntry>::instance().all()) names.push_back(router.name);
+  for (const RouterEntry& router : Registry<RouterEntry>::instance().all())
+    if (evaluates_by_thresholds(router) || causality(router.facts, {}, Mode::kEval, 1).causal) names.push_back(router.name);
   return names;
 }
 
