@@ -116,6 +116,8 @@ void Trainer::resume(const Checkpoint& checkpoint) {
   tokens_ = checkpoint.content.state.at("tokens");
   window_.load(checkpoint.content.state.at("window"));
   last_window_.load(checkpoint.content.state.at("last_window"));
+  if (!checkpoint_root_.empty() && comm_->rank() == 0)
+    tidy_checkpoints(checkpoint_root_, step_, static_cast<int>(settings_.keep_last));
 }
 
 // This rank's part of the step's batch, cut into micro-batches. The rows of rank r and micro-batch m are the same sequences,

@@ -169,6 +169,11 @@ std::string write_checkpoint(const std::string& root, int64_t step, const Checkp
   return folder;
 }
 
+void tidy_checkpoints(const std::string& root, int64_t newest, int keep_last) {
+  remove_leftovers(root);
+  prune_before(root, newest, keep_last);
+}
+
 Checkpoint load_checkpoint(const std::string& folder) {
   const Manifest manifest = read_manifest(folder);
   verify_files(folder, manifest);

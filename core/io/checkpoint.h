@@ -43,6 +43,9 @@ struct CheckpointSummary {
 // failure throws Error(kData) and leaves every earlier checkpoint as it was. A folder of the same step is replaced.
 std::string write_checkpoint(const std::string& root, int64_t step, const CheckpointContent& content, int keep_last);
 
+// What write_checkpoint() would have done after `newest` was in its place: a writer may be killed in between.
+void tidy_checkpoints(const std::string& root, int64_t newest, int keep_last);
+
 Checkpoint load_checkpoint(const std::string& folder);  // verifies; Error(kData) names the damaged file
 Checkpoint load_latest(const std::string& root);        // the newest valid one; Error(kData) when there is none
 CheckpointSummary inspect_checkpoint(const std::string& folder);

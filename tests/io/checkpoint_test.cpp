@@ -196,6 +196,14 @@ TEST_CASE("leftovers of a killed write are ignored by loading and removed by the
   CHECK(entries_of(root.path()) == std::vector<std::string>{"step-007", "step-1", "step-2"});
 }
 
+TEST_CASE("what a writer killed after its commit did not remove is removed by tidying") {
+  const TempFolder root;
+  for (int64_t step = 1; step <= 4; ++step) write_checkpoint(root.path(), step, content_at(step), 4);
+  make_folders(root / "step-2.tmp");
+  tidy_checkpoints(root.path(), 3, 2);
+  CHECK(entries_of(root.path()) == std::vector<std::string>{"step-2", "step-3", "step-4"});
+}
+
 TEST_CASE("a write that the disk cuts off names the path and leaves the earlier checkpoint alone") {
   const TempFolder root;
   write_checkpoint(root.path(), 1, content_at(1), 1);

@@ -119,6 +119,15 @@ TEST_CASE("killed before its first checkpoint, a run starts again") {
   check_as_undisturbed(killed);
 }
 
+TEST_CASE("killed after its last checkpoint was in place, a run still has the older ones to remove") {
+  const KilledRun killed;
+  REQUIRE(run_program(MOELAB_PROGRAM, killed.start()).code == 0);
+  std::filesystem::copy(killed.run + "/ckpt/step-27", killed.run + "/ckpt/step-24");
+  std::filesystem::copy(killed.run + "/ckpt/step-27", killed.run + "/ckpt/step-21.tmp");
+  REQUIRE(run_program(MOELAB_PROGRAM, killed.go_on()).code == 0);
+  check_as_undisturbed(killed);
+}
+
 TEST_CASE("SIGTERM and SIGINT finish the step, save, say so, and the run goes on as if nothing had been") {
   const int number = GENERATE(SIGTERM, SIGINT);
   const KilledRun stopped;

@@ -1,6 +1,7 @@
 // Runs of the real program that are watched, signalled and compared.
 #pragma once
 
+#include "core/io/files.h"
 #include "tests/support/program.h"
 
 #include <nlohmann/json.hpp>
@@ -90,11 +91,14 @@ inline std::vector<std::string> timeless_metrics(const std::string& run) {
   return lines;
 }
 
-// All files below ckpt/, by name.
+// Size and hash of every file below ckpt/, by name.
 inline std::map<std::string, std::string> checkpoint_files(const std::string& run) {
   std::map<std::string, std::string> files;
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(run + "/ckpt"))
-    if (entry.is_regular_file()) files[std::filesystem::relative(entry.path(), run).string()] = text_of(entry.path().string());
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(run + "/ckpt")) {
+    if (!entry.is_regular_file()) continue;
+    const std::string bytes = text_of(entry.path().string());
+    files[std::filesystem::relative(entry.path(), run).string()] = std::to_string(bytes.size()) + " bytes, " + xxh3_hex(bytes);
+  }
   return files;
 }
 
