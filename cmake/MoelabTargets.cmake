@@ -44,5 +44,5 @@ function(moelab_objects name)
   add_library(${name} OBJECT ${sources})
   target_link_libraries(${name} PRIVATE moelab_flags moelab_private_flags fmt::fmt spdlog::spdlog
     nlohmann_json::nlohmann_json tomlplusplus::tomlplusplus ZLIB::ZLIB)
-  set_target_properties(${name} PROPERTIES UNITY_BUILD ${MOELAB_UNITY} UNITY_BUILD_BATCH_SIZE 10)
+  set_target_properties(${name} PROPERTIES UNITY_BUILD ${MOELAB_UNITY} UNITY_BUILD_BATCH_SIZE 16)
 endfunction()
