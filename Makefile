@@ -18,7 +18,7 @@ build: setup        ## the program at build/moelab
 	cmake --build --preset release -j $(JOBS)
 
 test: build         ## what CI runs
-	cd $(BUILD) && ctest --no-tests=error -j 1
+	cd $(BUILD) && ctest --no-tests=error -j $(JOBS)
 	scripts/check_docs.sh $(BUILD)/moelab
 	scripts/check_package.sh $(BUILD)
 	scripts/check_new_router.sh --here release
