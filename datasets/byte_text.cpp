@@ -68,26 +68,14 @@ std::shared_ptr<const std::vector<uint8_t>> shared_bytes(std::vector<uint8_t> by
   return std::make_shared<const std::vector<uint8_t>>(std::move(bytes));
 }
 
-std::string_view text_in(const std::vector<uint8_t>& bytes) { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
+std::string_view text_in(const std::vector<uint8_t>& bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
 
 std::vector<std::string> every_byte() {
   std::vector<std::string> bytes;
   for (int byte = 0; byte < kByteVocabulary; ++byte) bytes.emplace_back(1, static_cast<char>(byte));
   return bytes;
-}
-
-// Document by document, so that no token is of two.
-void encode_training(const SentencePieces& pieces, TokenData& data) {
-  std::vector<uint16_t> tokens;
-  size_t begin = 0;
-  for (int64_t& end : data.document_ends) {
-    const std::string_view document = text_in(*data.train_bytes).substr(begin, end - begin);
-    begin = end;
-    const std::vector<uint16_t> more = pieces.encode(document);
-    tokens.insert(tokens.end(), more.begin(), more.end());
-    end = std::ssize(tokens);
-  }
-  data.train = TokenStream(std::move(tokens));
 }
 
 SentencePieces pieces_of(const DatasetSpec& spec, std::string_view train) {
@@ -105,7 +93,7 @@ TokenData piece_data(ByteSplit split, const DatasetSpec& spec) {
   data.train_bytes = shared_bytes(std::move(split.train));
   data.validation_bytes = shared_bytes(std::move(split.validation));
   data.tokenizer = pieces.model();
-  encode_training(pieces, data);
+  data.train = TokenStream(pieces.encode(text_in(*data.train_bytes), data.document_ends));  // no token is of two documents
   data.validation = TokenStream(pieces.encode(text_in(*data.validation_bytes)));
   return data;
 }

@@ -21,7 +21,7 @@ std::shared_ptr<const Dataset> make_bytes(const DatasetSpec& spec) {
 
 OptionSpecs bytes_options() {
   OptionSpecs options{option("path", "", "text file, or folder of text files").as_path(),
-                      option("split", "auto", "hold out whole documents, or the last block; auto: by document from 20 documents on")
+                      option("split", "auto", "what is held out: documents, the last block, or documents from 20 of them on")
                           .one_of({"auto", "document", "block"})};
   const OptionSpecs shared = text_options();
   options.insert(options.end(), shared.begin(), shared.end());
@@ -32,7 +32,8 @@ const Registration<DatasetEntry> bytes_registration{{
     .name = "bytes",
     .title = "The bytes of a text file or folder",
     .citation = "the user's own",
-    .doc = "One token per byte, or SentencePiece units. Documents are held out whole where there are 20 or more, else the end of the text is.",
+    .doc = "One token per byte, or SentencePiece units. "
+           "Documents are held out whole where there are 20 or more, else the end of the text is.",
     .options = bytes_options(),
     .make = make_bytes,
 }};

@@ -24,7 +24,9 @@ constexpr uint64_t kGoldenRatio = 0x9e3779b97f4a7c15;  // Fibonacci hashing (Knu
 
 size_t profile_entry(uint64_t kind) { return kind * kGoldenRatio >> (64 - std::countr_zero(uint64_t{kProfileEntries})); }
 
-uint64_t pair_kind(int64_t first, int64_t second) { return (static_cast<uint64_t>(first) + 1) << 32 | static_cast<uint64_t>(second); }
+uint64_t pair_kind(int64_t first, int64_t second) {
+  return (static_cast<uint64_t>(first) + 1) << 32 | static_cast<uint64_t>(second);
+}
 
 // The `count` largest of a row, without entry `self`.
 std::vector<int64_t> largest_others(const float* row, int64_t entries, int64_t self, int64_t count) {
@@ -49,8 +51,8 @@ std::vector<int64_t> shuffled_order(RandomKey key, int64_t count) {
 
 DocumentProfiles::DocumentProfiles(int64_t documents) {
   if (documents > kMostSimilar)
-    usage_error(fmt::format("`composer` = \"similarity\" compares each of {} documents with each, and stops at {}; use \"random\"",
-                            documents, kMostSimilar));
+    usage_error(fmt::format("`composer` = \"similarity\" compares each of {} documents with each, and stops at {}; "
+                            "use \"random\"", documents, kMostSimilar));
   profile_NF_ = at::zeros({documents, kProfileEntries}, at::kFloat);
 }
 

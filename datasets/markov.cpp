@@ -120,8 +120,8 @@ class MarkovDataset : public Dataset {
       usage_error("data set 'markov': `document_length` is above the model's context of " + std::to_string(spec.context));
     const bool whole = length == 0 || length == spec.context;
     if (whole && spec.options.text("composer") == "similarity")
-      usage_error("data set 'markov': `composer` = \"similarity\" orders the documents of a sequence; set `document_length` below "
-                  "the context of " + std::to_string(spec.context));
+      usage_error("data set 'markov': `composer` = \"similarity\" orders the documents of a sequence; set `document_length` "
+                  "below the context of " + std::to_string(spec.context));
     return length == 0 ? spec.context : length;
   }
 
@@ -149,7 +149,8 @@ class MarkovDataset : public Dataset {
       std::vector<int64_t> packed(per_sequence());
       std::iota(packed.begin(), packed.end(), (first + b) * per_sequence());
       for (int64_t& document : packed) document = order.empty() ? document : order[document];
-      write_sequence(key, packed, {row(out.tokens_BL, b), row(out.targets_BL, b), row(out.document_BL, b), row(out.domain_BL, b)});
+      write_sequence(key, packed, {.tokens = row(out.tokens_BL, b), .targets = row(out.targets_BL, b),
+                                   .documents = row(out.document_BL, b), .labels = row(out.domain_BL, b)});
     }
     if (per_sequence() > 1) return out;
     out.domain_B = out.domain_BL.select(1, 0).contiguous();
@@ -216,7 +217,8 @@ const Registration<DatasetEntry> markov_registration{{
     .name = "markov",
     .title = "A mixture of Markov sources with known entropy rate",
     .citation = "generated",
-    .doc = "Each sequence is a document of one source, its domain label, or holds several. Training documents never end and never repeat; "
+    .doc = "Each sequence is a document of one source, its domain label, or holds several. "
+           "Training documents never end and never repeat; "
            "validation documents come from another stream.",
     .options = {{.name = "sources",
                  .default_value = int64_t{4},
@@ -256,7 +258,8 @@ const Registration<DatasetEntry> markov_registration{{
                  .doc = "number of validation sequences",
                  .min = 1,
                  .max = 1e6},
-                option("document_length", 0, "tokens of a document, several of which fill a sequence; 0 = the context").at_least(0),
+                option("document_length", 0, "tokens of a document, several of which fill a sequence; 0 = the context")
+                    .at_least(0),
                 option("composer", "random", "training documents follow each other as drawn, or similar ones of a batch do")
                     .one_of({"random", "similarity"})},
     .make = make_markov,

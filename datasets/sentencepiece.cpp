@@ -13,7 +13,6 @@
 #include <charconv>
 #include <filesystem>
 #include <optional>
-#include <unordered_map>
 #include <utility>
 
 namespace moelab {
@@ -88,8 +87,8 @@ std::optional<int64_t> number_after(std::string_view text, std::string_view word
     usage_error(fmt::format("{} is too small: the bytes and the characters of the training split take {}; take {} or more",
                             given, *needed, *needed));
   if (const auto most = number_after(complaint, "a value <= "))
-    usage_error(fmt::format("{} is too large: the training split has no more than {} pieces; take {} or less, or more text", given,
-                            *most, *most));
+    usage_error(fmt::format("{} is too large: the training split has no more than {} pieces; take {} or less, or more text",
+                            given, *most, *most));
   usage_error(fmt::format("{}: SentencePiece cannot learn from this training split: {}", given, first_line(complaint)));
 }
 
@@ -147,7 +146,8 @@ std::string bytes_of_piece(const spm::SentencePieceProcessor& library, int token
 }
 
 [[noreturn]] void refuse_model(const std::string& why) {
-  data_error("the SentencePiece model of an earlier run is damaged: " + why + "; take the run's tokenizer.model from a copy of it");
+  data_error("the SentencePiece model of an earlier run is damaged: " + why +
+             "; take the run's tokenizer.model from a copy of it");
 }
 
 }  // namespace
@@ -170,7 +170,8 @@ SentencePieces SentencePieces::cached(std::string_view train, int64_t vocabulary
 
 SentencePieces::SentencePieces(std::string model) : model_(std::move(model)) {
   const auto library = std::make_shared<spm::SentencePieceProcessor>();
-  if (const auto status = library->LoadFromSerializedProto(model_); !status.ok()) refuse_model(first_line(status.error_message()));
+  const spm::util::Status status = library->LoadFromSerializedProto(model_);
+  if (!status.ok()) refuse_model(first_line(status.error_message()));
   const int pieces = library->GetPieceSize();
   if (pieces < kLeastPieces || pieces > kMostPieces) refuse_model(fmt::format("it has {} pieces", pieces));
   for (int token = 0; token < pieces; ++token) bytes_V_.push_back(bytes_of_piece(*library, token));
@@ -193,22 +194,35 @@ void SentencePieces::append_word(std::string_view word, std::vector<uint16_t>& t
 }
 
 // No piece reaches over the space before a word, so words can be encoded one by one, and each different one once.
-std::vector<uint16_t> SentencePieces::encode(std::string_view text) const {
-  std::unordered_map<std::string_view, std::vector<uint16_t>> known;
-  std::vector<uint16_t> tokens;
-  while (!text.empty()) {
-    std::string_view sentence = text.substr(0, sentence_end(text));
-    text.remove_prefix(sentence.size());
+void SentencePieces::append_document(std::string_view document, Known& known, std::vector<uint16_t>& to) const {
+  while (!document.empty()) {
+    std::string_view sentence = document.substr(0, sentence_end(document));
+    document.remove_prefix(sentence.size());
     while (!sentence.empty()) {
       const std::string_view word = sentence.substr(0, sentence.find(' ', 1));
       sentence.remove_prefix(word.size());
       const auto [entry, fresh] = known.try_emplace(word);
       if (fresh) append_word(word, entry->second);
-      tokens.insert(tokens.end(), entry->second.begin(), entry->second.end());
+      to.insert(to.end(), entry->second.begin(), entry->second.end());
       if (known.size() > kRememberedWords) known.clear();
     }
   }
+}
+
+std::vector<uint16_t> SentencePieces::encode(std::string_view text, std::vector<int64_t>& ends) const {
+  Known known;
+  std::vector<uint16_t> tokens;
+  int64_t begin = 0;
+  for (int64_t& end : ends) {
+    append_document(text.substr(begin, end - begin), known, tokens);
+    begin = std::exchange(end, std::ssize(tokens));
+  }
   return tokens;
+}
+
+std::vector<uint16_t> SentencePieces::encode(std::string_view text) const {
+  std::vector<int64_t> ends{std::ssize(text)};
+  return encode(text, ends);
 }
 
 }  // namespace moelab

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 namespace sentencepiece {
@@ -31,7 +32,13 @@ class SentencePieces {
   const std::vector<std::string>& bytes_V() const { return bytes_V_; }  // what each token stands for
   std::vector<uint16_t> encode(std::string_view text) const;
 
+  // Document after document: `ends` says where each ends in `text`, and then in the tokens.
+  std::vector<uint16_t> encode(std::string_view text, std::vector<int64_t>& ends) const;
+
  private:
+  // Tokens of the words met so far.
+  using Known = std::unordered_map<std::string_view, std::vector<uint16_t>>;
+  void append_document(std::string_view document, Known& known, std::vector<uint16_t>& to) const;
   void append_word(std::string_view word, std::vector<uint16_t>& to) const;
 
   std::string model_;

@@ -71,7 +71,8 @@ class Composer {
  private:
   std::vector<int64_t> similar_documents() const {
     if (documents_.size() < 2)
-      usage_error("`composer` = \"similarity\" needs several documents, and the training split has one; use \"windows\" or \"random\"");
+      usage_error("`composer` = \"similarity\" needs several documents, and the training split has one; "
+                  "use \"windows\" or \"random\"");
     DocumentProfiles profiles(std::ssize(documents_));
     for (size_t d = 0; d < documents_.size(); ++d) {
       std::vector<int64_t> tokens(documents_[d].size());
@@ -209,8 +210,8 @@ class TokenDataset : public Dataset {
 
 void require_window(const char* split, int64_t tokens, const char* token_name, int64_t needed) {
   if (tokens >= needed) return;
-  usage_error(fmt::format("the {} split has {} {}, fewer than the {} of one window; change `validation` or `context`, or take more "
-                          "text", split, tokens, token_name, needed));
+  usage_error(fmt::format("the {} split has {} {}, fewer than the {} of one window; change `validation` or `context`, "
+                          "or take more text", split, tokens, token_name, needed));
 }
 
 }  // namespace

@@ -35,7 +35,8 @@ class MappedFile {
  public:
   explicit MappedFile(const std::string& path) : file_(path, File::Mode::kRead), size_(static_cast<size_t>(file_.size())) {
     if (size_ == 0) data_error(path + ": the file is empty; name a file with tokens");
-    if (size_ % 2 != 0) data_error(fmt::format("{}: its {} bytes are no whole number of 16-bit tokens; is it cut off?", path, size_));
+    if (size_ % 2 != 0)
+      data_error(fmt::format("{}: its {} bytes are no whole number of 16-bit tokens; is it cut off?", path, size_));
     place_ = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file_.descriptor(), 0);
     if (place_ == MAP_FAILED) data_error(fmt::format("{}: cannot map the file: {}", path, std::strerror(errno)));
   }
@@ -72,9 +73,11 @@ TokenStream map_tokens(const std::string& path, const char* option, int64_t voca
   for (const std::string& name : token_files(path, option)) {
     const auto file = std::make_shared<const MappedFile>(name);
     const std::span<const uint16_t> tokens = file->tokens();
-    const auto wrong = std::find_if(tokens.begin(), tokens.end(), [&](uint16_t token) { return vocabulary > 0 && token >= vocabulary; });
+    const auto too_large = [vocabulary](uint16_t token) { return vocabulary > 0 && token >= vocabulary; };
+    const auto wrong = std::ranges::find_if(tokens, too_large);
     if (wrong != tokens.end())
-      data_error(fmt::format("{}: token {} at byte {} is not below `vocabulary` = {}", name, *wrong, 2 * (wrong - tokens.begin()), vocabulary));
+      data_error(fmt::format("{}: token {} at byte {} is not below `vocabulary` = {}", name, *wrong,
+                             2 * (wrong - tokens.begin()), vocabulary));
     stream.append(TokenStream(tokens, file));
   }
   return stream;
@@ -102,7 +105,8 @@ std::shared_ptr<const Dataset> make_tokens(const DatasetSpec& spec) {
   }
   if (data.vocabulary == 0) data.vocabulary = std::max(tokens_seen(data.train), tokens_seen(data.validation));
   data.start = options.integer("start_token");
-  if (data.start >= data.vocabulary) usage_error(fmt::format("`start_token` = {} is not below the vocabulary of {}", data.start, data.vocabulary));
+  if (data.start >= data.vocabulary)
+    usage_error(fmt::format("`start_token` = {} is not below the vocabulary of {}", data.start, data.vocabulary));
   if (data.start < 0 && data.train.size() > 0) data.start = data.train.at(data.train.size() - 1);
   if (options.real("bytes_per_token") > 0) data.bytes_per_token = options.real("bytes_per_token");
   return make_token_dataset(std::move(data), spec.context);
@@ -117,8 +121,10 @@ const Registration<DatasetEntry> tokens_registration{{
                 validation_option(),
                 option("validation_path", "", "token file or folder to hold out, instead of the end of `path`").as_path(),
                 option("vocabulary", 0, "tokens are below it; 0 = one more than the largest").between(0, 65536),
-                option("bytes_per_token", 0.0, "mean bytes of text of a validation token, for bits per byte; 0 = unknown").at_least(0),
-                option("start_token", -1, "stands before the first validation token; -1 = the last training token").between(-1, 65535)},
+                option("bytes_per_token", 0.0, "mean bytes of text of a validation token, for bits per byte; 0 = unknown")
+                    .at_least(0),
+                option("start_token", -1, "stands before the first validation token; -1 = the last training token")
+                    .between(-1, 65535)},
     .make = make_tokens,
 }};
 

@@ -98,7 +98,7 @@ void add_data_command(CLI::App& app) {
   verify->add_option("NAME", arguments->name, "as `data list` prints it")->required();
   verify->footer("Example: moelab data verify kjv");
   verify->callback([arguments] { run_data_verify(*arguments); });
-  CLI::App* tokens = add_data_verb(*data, "tokenize", "write an experiment's data as files of tokens, and print the table that reads them",
+  CLI::App* tokens = add_data_verb(*data, "tokenize", "write an experiment's data as token files, and print the table for them",
                                    *arguments);
   tokens->add_option("EXP.toml", arguments->name, "whose [data]")->required();
   tokens->add_option("--out", arguments->out, "the folder to write to")->required();

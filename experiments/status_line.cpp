@@ -55,9 +55,9 @@ Request StatusLine::on_step(const StepView& view) {
 void StatusLine::on_evaluation(const Evaluation& evaluation, int64_t step, bool) {
   finish_line();
   const bool known = !std::isnan(evaluation.bits_per_byte);
-  fmt::print(stderr, "eval at step {}: loss {:.4f}, {:.4f} bits/{}, accuracy {:.3f}, {} tokens\n", step, evaluation.loss,
-             known ? evaluation.bits_per_byte : evaluation.loss / std::numbers::ln2, known ? "byte" : "token", evaluation.accuracy,
-             evaluation.tokens);
+  const double bits = known ? evaluation.bits_per_byte : evaluation.loss / std::numbers::ln2;
+  fmt::print(stderr, "eval at step {}: loss {:.4f}, {:.4f} bits/{}, accuracy {:.3f}, {} tokens\n", step, evaluation.loss, bits,
+             known ? "byte" : "token", evaluation.accuracy, evaluation.tokens);
 }
 
 void StatusLine::on_event(const std::string& site, const Event& event, int64_t step) {

@@ -112,7 +112,8 @@ std::string units_text(bool text, const nlohmann::json& s) {
   const std::string tokens = s.at("eval.tokens").dump();
   if (!text) return fmt::format("\nvalidation bits per token, {} tokens:\n", tokens);
   const std::string bytes = number_text(s.at("eval.bytes"), "{:.0f}");
-  return fmt::format("\nvalidation bits per byte, {} bytes{}:\n", bytes, bytes == tokens ? "" : fmt::format(" in {} tokens", tokens));
+  const std::string apart = bytes == tokens ? "" : fmt::format(" in {} tokens", tokens);
+  return fmt::format("\nvalidation bits per byte, {} bytes{}:\n", bytes, apart);
 }
 
 std::string model_bits_text(bool text, const nlohmann::json& s) {
@@ -182,7 +183,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
 }
 
 std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample, const std::string& folder) {
-  std::string text = units_text(experiment.data->is_text(), s) + baselines_text(s) + model_bits_text(experiment.data->is_text(), s);
+  const bool is_text = experiment.data->is_text();
+  std::string text = units_text(is_text, s) + baselines_text(s) + model_bits_text(is_text, s);
   text += layers_text(experiment, s);
   if (!sample.empty()) text += fmt::format("\nwhat the model writes ({} bytes):\n---\n{}\n---\n", sample.size(), printable(sample));
   text += fmt::format("\nparameters {} ({} active per token); tokens trained {}; {:.0f} s\n", s.at("params.total").dump(),

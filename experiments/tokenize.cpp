@@ -12,13 +12,15 @@
 namespace moelab {
 namespace {
 
-std::string_view raw_tokens(const std::vector<uint16_t>& tokens) {  // the machine is little-endian: datasets/tokens.cpp asserts it
+// The machine is little-endian: datasets/tokens.cpp asserts it.
+std::string_view raw_tokens(const std::vector<uint16_t>& tokens) {
   return {reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(uint16_t)};
 }
 
 void require_absent(const std::string& folder) {
   for (const char* name : {"train.bin", "validation.bin", "tokenizer.model"})
-    if (std::filesystem::exists(folder + "/" + name)) usage_error(fmt::format("{}/{} exists already; choose another folder with --out", folder, name));
+    if (std::filesystem::exists(folder + "/" + name))
+      usage_error(fmt::format("{}/{} exists already; choose another folder with --out", folder, name));
 }
 
 double validation_bytes_per_token(const Dataset& data) {

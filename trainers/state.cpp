@@ -107,8 +107,8 @@ void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& 
 void require_same_data(const Checkpoint& checkpoint, const Dataset& data) {
   const std::string found = data.fingerprint(), trained = checkpoint.content.state.value("data", found);
   if (trained == found) return;
-  data_error(fmt::format("{} was trained on other data than its config finds now (tokens of the splits and their hash: {} then, {} now); "
-                         "put the files back as they were", checkpoint.folder, trained, found));
+  data_error(fmt::format("{} was trained on other data than its config finds now (tokens of the splits and their hash: {} then, "
+                         "{} now); put the files back as they were", checkpoint.folder, trained, found));
 }
 
 void restore_model(const Checkpoint& checkpoint, const Model& model) {

@@ -208,7 +208,8 @@ void Trainer::evaluate_now(bool final) {
 
 void Trainer::save() {
   if (checkpoint_root_.empty() || saved_step_ == step_ || comm_->rank() != 0) return;
-  const nlohmann::json state{{"step", step_}, {"tokens", tokens_}, {"frozen", frozen_names(*model_)}, {"data", data_->fingerprint()},
+  const nlohmann::json state{{"step", step_}, {"tokens", tokens_}, {"frozen", frozen_names(*model_)},
+                             {"data", data_->fingerprint()},
                              {"window", window_.save()}, {"last_window", last_window_.save()}};
   const std::string folder = write_checkpoint(checkpoint_root_, step_, checkpoint_content(*model_, optimizer_, state),
                                               static_cast<int>(settings_.keep_last));

@@ -54,7 +54,7 @@ ByteSplit two_kinds(int documents) {
     split.train.insert(split.train.end(), text.begin(), text.end());
     split.document_ends.push_back(std::ssize(split.train));
   }
-  split.validation.assign(100, 'x');
+  split.validation.assign(700, 'x');
   return split;
 }
 
@@ -148,8 +148,8 @@ TEST_CASE("too many documents to compare, or one alone, are refused with the rem
   CHECK(many.code == ExitCode::kUsage);
   CHECK(many.says("use \"random\""));
   const Failure alone = failure_of([] {
-    make_byte_dataset({.train = std::vector<uint8_t>(100, 'a'), .validation = std::vector<uint8_t>(100, 'b'), .document_ends = {100}}, 16,
-                      "similarity");
+    const std::vector<uint8_t> text(100, 'a');
+    make_byte_dataset({.train = text, .validation = text, .document_ends = {100}}, 16, "similarity");
   });
   CHECK(alone.code == ExitCode::kUsage);
   CHECK(alone.says("needs several documents"));
@@ -172,7 +172,8 @@ TEST_CASE("an epoch predicts each byte of each document once, and reads nothing 
 
 TEST_CASE("composed batches are a function of seed and step, and slices of them equal the whole") {
   const std::string composer = GENERATE("random", "similarity");
-  const auto data = make_byte_dataset(lettered_split(), kLetteredContext, composer), other = make_byte_dataset(lettered_split(), kLetteredContext, composer);
+  const auto data = make_byte_dataset(lettered_split(), kLetteredContext, composer);
+  const auto other = make_byte_dataset(lettered_split(), kLetteredContext, composer);
   const TokenBatch late = data->train_batch(1, 47, 0, 6, 6);  // sequences 282 … 287: over the end of the fourth epoch of 71
   for (int64_t step = 0; step < 47; ++step) other->train_batch(1, step, 0, 6, 6);
   CHECK(at::equal(other->train_batch(1, 47, 0, 6, 6).tokens_BL, late.tokens_BL));
@@ -183,7 +184,8 @@ TEST_CASE("composed batches are a function of seed and step, and slices of them 
     CHECK(at::equal(slice.document_BL, late.document_BL.narrow(0, b, 1)));
   }
   CHECK_FALSE(at::equal(data->train_batch(2, 47, 0, 6, 6).tokens_BL, late.tokens_BL));
-  CHECK(at::equal(data->eval_batch(0, 1).targets_BL, make_byte_dataset(lettered_split(), kLetteredContext)->eval_batch(0, 1).targets_BL));
+  const auto windows = make_byte_dataset(lettered_split(), kLetteredContext);
+  CHECK(at::equal(data->eval_batch(0, 1).targets_BL, windows->eval_batch(0, 1).targets_BL));
 }
 
 TEST_CASE("another epoch has another order, and boundaries of documents are known") {
@@ -191,7 +193,8 @@ TEST_CASE("another epoch has another order, and boundaries of documents are know
   const TokenBatch first = data->train_batch(1, 0, 0, kLetteredSequences, kLetteredSequences);
   const TokenBatch second = data->train_batch(1, 1, 0, kLetteredSequences, kLetteredSequences);
   CHECK_FALSE(at::equal(first.tokens_BL, second.tokens_BL));
-  const std::vector<int64_t> tokens = values(first.tokens_BL), document = values(first.document_BL), target = values(first.targets_BL);
+  const std::vector<int64_t> tokens = values(first.tokens_BL), target = values(first.targets_BL);
+  const std::vector<int64_t> document = values(first.document_BL);
   for (size_t i = 0; i < tokens.size(); ++i) {
     if (target[i] < 0) CHECK(document[i] == -1);
     else if (tokens[i] == '\n') CHECK(target[i] == 'a' + document[i]);  // the one place with nothing before it
@@ -245,9 +248,10 @@ TEST_CASE("packed Markov sequences hold whole documents, each of a step once, wh
 }
 
 TEST_CASE("documents longer than the context, and similarity without several to a sequence, are refused") {
-  for (const auto& [length, composer, part] : {std::tuple<int64_t, std::string, std::string>{33, "random", "above the model's context of 32"},
-                                               {0, "similarity", "set `document_length` below"},
-                                               {32, "similarity", "set `document_length` below"}}) {
+  const std::vector<std::tuple<int64_t, std::string, std::string>> cases{{33, "random", "above the model's context of 32"},
+                                                                         {0, "similarity", "set `document_length` below"},
+                                                                         {32, "similarity", "set `document_length` below"}};
+  for (const auto& [length, composer, part] : cases) {
     const Failure failure = failure_of([&] { make("markov", 32, {{"document_length", length}, {"composer", composer}}); });
     CHECK(failure.code == ExitCode::kUsage);
     CHECK(failure.says(part));

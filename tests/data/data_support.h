@@ -46,7 +46,7 @@ inline std::string wordy_text(size_t bytes, uint32_t seed = 1) {
   const std::vector<std::string> syllables{"ka", "to", "mi", "ren", "sol", "du", "pa", "lin", "ve", "gor", "shi", "num"};
   std::string text;
   uint32_t state = seed;
-  const auto draw = [&state](uint32_t below) { return static_cast<uint32_t>((state = state * 1664525u + 1013904223u) >> 16) % below; };
+  const auto draw = [&state](uint32_t below) { return ((state = state * 1664525u + 1013904223u) >> 16) % below; };
   while (text.size() < bytes) {
     const uint32_t word = std::min(draw(40), draw(40));
     for (uint32_t s = 0; s < 1 + word % 3; ++s) text += syllables[(word * 7 + s * 5) % syllables.size()];

@@ -48,12 +48,16 @@ struct PieceFolder {
   std::string run = folder / "run";
 
   Experiment experiment(std::vector<std::string> set = {}) const { return load_experiment(load_config(config, set)); }
-  ProgramResult program(std::vector<std::string> arguments) const { return run_program(MOELAB_PROGRAM, arguments, folder.path()); }
+  ProgramResult program(const std::vector<std::string>& arguments) const {
+    return run_program(MOELAB_PROGRAM, arguments, folder.path());
+  }
   ProgramResult trained(const std::string& to, std::vector<std::string> more = {}) const {
     more.insert(more.begin(), {"run", config, "--quiet", "--out", to});
     return program(more);
   }
 };
+
+bool says(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 // Every token equally likely.
 struct UniformModel : Model {
@@ -105,7 +109,8 @@ TEST_CASE("bits per byte of a token file: 3 bits a token, 2.5 bytes a token") {
     return bytes;
   }());
   const auto evaluation = [&](double bytes_per_token) {
-    return uniform_evaluation(*data_tests::make("tokens", 12, {{"path", file}, {"validation", 0.2}, {"bytes_per_token", bytes_per_token}}));
+    return uniform_evaluation(*data_tests::make("tokens", 12, {{"path", file}, {"validation", 0.2},
+                                                               {"bytes_per_token", bytes_per_token}}));
   };
   CHECK(evaluation(2.5).tokens == 40);
   CHECK(far(evaluation(2.5).bits_per_byte, 3 / 2.5) < 1e-12);
@@ -178,8 +183,8 @@ TEST_CASE("eval of a run on pieces prints what the run ended with, and the sampl
   CHECK(summary.at("eval.bytes") == 400);
   CHECK(summary.at("eval.tokens") < 300);
   CHECK(summary.at("baseline.ngram.context_1.bits_per_byte").is_number());
-  CHECK(run.out.find(fmt::format("validation bits per byte, 400 bytes in {} tokens:", summary.at("eval.tokens").dump())) != std::string::npos);
-  CHECK(run.out.find("what the model writes (200 bytes):") != std::string::npos);
+  CHECK(says(run.out, fmt::format("validation bits per byte, 400 bytes in {} tokens:", summary.at("eval.tokens").dump())));
+  CHECK(says(run.out, "what the model writes (200 bytes):"));
 }
 
 TEST_CASE("a run whose text or tokenizer has changed is not gone on with") {
@@ -194,10 +199,12 @@ TEST_CASE("a run whose text or tokenizer has changed is not gone on with") {
     return result.err;
   };
   in.folder.put("run/tokenizer.model", good.substr(0, good.size() / 2));
-  for (const char* command : {"resume", "eval"}) CHECK(refused(command).find("the SentencePiece model of an earlier run is damaged") != std::string::npos);
+  for (const char* command : {"resume", "eval"})
+    CHECK(says(refused(command), "the SentencePiece model of an earlier run is damaged"));
   in.folder.put("run/tokenizer.model", good);
   in.folder.put("text", wordy_text(7999) + "?");
-  for (const char* command : {"resume", "eval"}) CHECK(refused(command).find("was trained on other data than its config finds now") != std::string::npos);
+  for (const char* command : {"resume", "eval"})
+    CHECK(says(refused(command), "was trained on other data than its config finds now"));
   in.folder.put("text", wordy_text(8000));
   CHECK(in.program({"eval", in.run, "--json"}).code == 0);
 }
@@ -205,12 +212,13 @@ TEST_CASE("a run whose text or tokenizer has changed is not gone on with") {
 TEST_CASE("a vocabulary that does not fit is refused at its place, and nothing is created") {
   const PieceFolder in;
   const auto line = [&](int64_t size) {
-    const std::string file = in.folder.put("bad.toml", fmt::format("extends = \"exp.toml\"\n[data]\nvocabulary_size = {}\n", size));
-    const ProgramResult result = in.program({"run", file, "--out", in.run});
+    const std::string text = fmt::format("extends = \"exp.toml\"\n[data]\nvocabulary_size = {}\n", size);
+    const std::string start = "moelab: " + in.folder.put("bad.toml", text);
+    const ProgramResult result = in.program({"run", in.folder / "bad.toml", "--out", in.run});
     CHECK(result.code == 2);
     CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
     CHECK_FALSE(std::filesystem::exists(in.run));
-    return result.err.substr(0, ("moelab: " + file).size()) == "moelab: " + file ? result.err.substr(("moelab: " + file).size()) : result.err;
+    return result.err.starts_with(start) ? result.err.substr(start.size()) : result.err;
   };
   CHECK(line(260).starts_with(":3:1: `vocabulary_size` = 260 is too small: "));
   CHECK(line(60000).starts_with(":3:1: `vocabulary_size` = 60000 is too large: "));
@@ -220,7 +228,8 @@ TEST_CASE("a vocabulary that does not fit is refused at its place, and nothing i
 TEST_CASE("data tokenize writes files that train the same model, bit for bit") {
   const std::string tokenizer = GENERATE("sentencepiece", "bytes");
   const PieceFolder in;
-  const ProgramResult written = in.program({"data", "tokenize", in.config, "--out", in.folder / "tok", "--set", "data.tokenizer=" + tokenizer});
+  const ProgramResult written =
+      in.program({"data", "tokenize", in.config, "--out", in.folder / "tok", "--set", "data.tokenizer=" + tokenizer});
   REQUIRE(written.code == 0);
   std::string tables = kPieceTables;
   const size_t data = tables.find("[data]"), train = tables.find("[train]");
@@ -237,13 +246,14 @@ TEST_CASE("data tokenize writes files that train the same model, bit for bit") {
   CHECK(std::filesystem::exists(in.folder / "tok/tokenizer.model") == (tokenizer == "sentencepiece"));
   const ProgramResult twice = in.program({"data", "tokenize", in.config, "--out", in.folder / "tok"});
   CHECK(twice.code == 2);
-  CHECK(twice.err.find("tok/train.bin exists already") != std::string::npos);
+  CHECK(says(twice.err, "tok/train.bin exists already"));
 }
 
 TEST_CASE("token files hold each token in two bytes, and data without an end are refused") {
   const PieceFolder in;
-  REQUIRE(in.program({"data", "tokenize", in.config, "--out", in.folder / "tok", "--set", "data.tokenizer=bytes", "--json"}).code == 0);
-  const std::string text = wordy_text(8000), bin = text_of(in.folder / "tok/train.bin") + text_of(in.folder / "tok/validation.bin");
+  const std::string to = in.folder / "tok", text = wordy_text(8000);
+  REQUIRE(in.program({"data", "tokenize", in.config, "--out", to, "--set", "data.tokenizer=bytes", "--json"}).code == 0);
+  const std::string bin = text_of(to + "/train.bin") + text_of(to + "/validation.bin");
   REQUIRE(bin.size() == 16000);
   for (size_t i = 0; i < text.size(); ++i) {
     REQUIRE(bin[2 * i] == text[i]);
@@ -261,12 +271,8 @@ TEST_CASE("a composed run goes on bitwise from the middle of any epoch") {
   const ScratchFolder folder;
   for (int d = 0; d < 24; ++d) folder.put(fmt::format("text/{}", d), wordy_text(100, static_cast<uint32_t>(d + 1)));
   const std::vector<std::string> set{"data.name=bytes", fmt::format("data.path={}", folder / "text"), "data.composer=" + composer,
-                                     "train.steps=60", "checkpoint.every=25", "checkpoint.keep_last=9"};  // 192 sequences an epoch: 48 steps
-  const auto experiment = [&] {
-    Experiment e = load_experiment(parse_config("seed = 3\n[model]\nlayers = 1\nwidth = 16\nheads = 2\ncontext = 12\n[moe]\nexperts = 4\n"
-                                                "[moe.router]\nname = \"switch\"\n[data]\nname = \"bytes\"\n[train]\nbatch = 4\n", "c.toml", set));
-    return e;
-  };
+                                     "train.steps=60", "checkpoint.every=25", "checkpoint.keep_last=9"};
+  const auto experiment = [&] { return tiny_experiment("switch", set); };  // 192 sequences an epoch: 48 steps
   const Experiment e = experiment();
   Trainer whole = trainer_of(e, folder / "ckpt");
   whole.run();
