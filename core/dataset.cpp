@@ -2,6 +2,8 @@
 
 #include "core/registry_impl.h"
 
+#include <ATen/core/Tensor.h>
+
 #include <limits>
 
 namespace moelab {
@@ -16,8 +18,14 @@ const std::vector<uint8_t> kNoBytes;
 
 Dataset::~Dataset() = default;
 double Dataset::known_entropy_bits() const { return std::numeric_limits<double>::quiet_NaN(); }
+double Dataset::bytes_of(const Tensor& targets_BL) const { return static_cast<double>(targets_BL.ge(0).sum().item<int64_t>()); }
+std::string Dataset::text_of(const std::vector<int64_t>&) const { return {}; }
 const std::vector<uint8_t>& Dataset::train_bytes() const { return kNoBytes; }
 const std::vector<uint8_t>& Dataset::validation_bytes() const { return kNoBytes; }
+std::vector<uint16_t> Dataset::train_tokens() const { return {}; }
+std::vector<uint16_t> Dataset::validation_tokens() const { return {}; }
+std::string Dataset::tokenizer() const { return {}; }
+std::string Dataset::fingerprint() const { return {}; }
 
 std::shared_ptr<const Dataset> make_dataset(const std::string& name, const DatasetSpec& spec) {
   const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);

@@ -21,6 +21,8 @@ struct TokenBatch {
   Tensor targets_BL;  // the token to predict at each place; -1 = none (padding)
   Tensor sequence_B;  // unique within a training step, or within the validation split: keys the random draws
   Tensor domain_B;    // label of each sequence; undefined where the data set has no labels
+  Tensor domain_BL;   // label of each token instead, where a sequence holds several documents
+  Tensor document_BL; // which document each token is of, where whole documents are put end to end; rising or not
 };
 
 class Dataset {
@@ -28,7 +30,7 @@ class Dataset {
   virtual ~Dataset();
 
   virtual int64_t vocabulary() const = 0;
-  virtual int64_t domains() const { return 0; }  // number of labels in domain_B
+  virtual int64_t domains() const { return 0; }  // number of labels in domain_B and domain_BL
 
   // Sequences [first, first + count) of the `batch` sequences of that step.
   virtual TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const = 0;
@@ -37,7 +39,13 @@ class Dataset {
   virtual int64_t eval_sequences() const = 0;
   virtual TokenBatch eval_batch(int64_t first, int64_t count) const = 0;
 
-  virtual double bytes_per_token() const { return 1; }  // turns bits per token into bits per byte
+  // Bytes of text that these targets stand for, entries of -1 left out: they turn bits per token into bits per byte. One for
+  // each where the data are no text; NaN where nobody knows.
+  virtual double bytes_of(const Tensor& targets_BL) const;
+  virtual bool is_text() const { return false; }  // bits per byte say something
+
+  // The text that tokens stand for; "" where they stand for none.
+  virtual std::string text_of(const std::vector<int64_t>& tokens) const;
 
   // int64 [V]: how often each token occurs in the training split. A generator gives what it expects of 2^20 tokens.
   virtual Tensor token_counts_V() const = 0;
@@ -45,15 +53,26 @@ class Dataset {
   // Bits per token of a predictor that knows the source; NaN where nobody knows.
   virtual double known_entropy_bits() const;
 
-  // The raw splits, for baselines; both empty where the tokens are not bytes of a text.
+  // The raw splits, for baselines; both empty where the tokens are not of a text at hand.
   virtual const std::vector<uint8_t>& train_bytes() const;
   virtual const std::vector<uint8_t>& validation_bytes() const;
+
+  // The splits as tokens, for files; both empty where they have no end.
+  virtual std::vector<uint16_t> train_tokens() const;
+  virtual std::vector<uint16_t> validation_tokens() const;
+
+  // What was learned to make the tokens, for DatasetSpec::tokenizer of later runs; "" = nothing.
+  virtual std::string tokenizer() const;
+
+  // Equal for equal tokens in both splits; "" where the options alone say what the data are.
+  virtual std::string fingerprint() const;
 };
 
 // What a factory gets; the options are checked already.
 struct DatasetSpec {
   int64_t context = 0;  // L: tokens of a sequence
   Options options;
+  std::string tokenizer = {};  // Dataset::tokenizer() of an earlier run; "" = learn anew
 };
 
 struct DatasetEntry {

@@ -3,10 +3,8 @@
 #include "core/error.h"
 #include "core/io/files.h"
 #include "core/random.h"
-
-#include <ATen/ops/arange.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
+#include "datasets/sentencepiece.h"
+#include "datasets/token_data.h"
 
 #include <algorithm>
 #include <cmath>
@@ -66,73 +64,38 @@ std::vector<bool> held_out(const std::vector<Document>& documents, size_t room) 
 
 void append_bytes(std::vector<uint8_t>& to, std::string_view bytes) { to.insert(to.end(), bytes.begin(), bytes.end()); }
 
-class ByteDataset : public Dataset {
- public:
-  ByteDataset(ByteSplit split, int64_t context) : split_(std::move(split)), context_(context) {}
+std::shared_ptr<const std::vector<uint8_t>> shared_bytes(std::vector<uint8_t> bytes) {
+  return std::make_shared<const std::vector<uint8_t>>(std::move(bytes));
+}
 
-  int64_t vocabulary() const override { return kByteVocabulary; }
-  const std::vector<uint8_t>& train_bytes() const override { return split_.train; }
-  const std::vector<uint8_t>& validation_bytes() const override { return split_.validation; }
+std::string_view text_in(const std::vector<uint8_t>& bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
 
-  TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
-    check_invariant(first >= 0 && count >= 0 && first + count <= batch, "a slice of a training batch lies outside it");
-    const RandomKey key = random_key(seed, "data").with("step", step);
-    TokenBatch out = empty_batch(first, count);
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t starts = static_cast<int64_t>(split_.train.size()) - context_;
-      const uint8_t* window = split_.train.data() + uniform_integer(key, first + b, starts);
-      std::copy_n(window, context_, row(out.tokens_BL, b));
-      std::copy_n(window + 1, context_, row(out.targets_BL, b));
-    }
-    return out;
-  }
+std::vector<std::string> every_byte() {
+  std::vector<std::string> bytes;
+  for (int byte = 0; byte < kByteVocabulary; ++byte) bytes.emplace_back(1, static_cast<char>(byte));
+  return bytes;
+}
 
-  int64_t eval_sequences() const override {
-    return (static_cast<int64_t>(split_.validation.size()) + context_ - 1) / context_;
-  }
+SentencePieces pieces_of(const DatasetSpec& spec, std::string_view train) {
+  if (!spec.tokenizer.empty()) return SentencePieces(spec.tokenizer);
+  return SentencePieces::cached(train, spec.options.integer("vocabulary_size"));
+}
 
-  TokenBatch eval_batch(int64_t first, int64_t count) const override {
-    check_invariant(first >= 0 && count >= 0 && first + count <= eval_sequences(), "a validation slice lies outside the split");
-    TokenBatch out = empty_batch(first, count);
-    for (int64_t b = 0; b < count; ++b) {
-      fill_eval_window((first + b) * context_, row(out.tokens_BL, b), row(out.targets_BL, b));
-    }
-    return out;
-  }
-
-  Tensor token_counts_V() const override {
-    Tensor counts_V = at::zeros({kByteVocabulary}, at::kLong);
-    int64_t* counts = counts_V.mutable_data_ptr<int64_t>();
-    for (const uint8_t byte : split_.train) ++counts[byte];
-    return counts_V;
-  }
-
- private:
-  TokenBatch empty_batch(int64_t first, int64_t count) const {
-    return {.tokens_BL = at::zeros({count, context_}, at::kLong),
-            .targets_BL = at::full({count, context_}, -1, at::kLong),
-            .sequence_B = at::arange(first, first + count, at::kLong),
-            .domain_B = {}};
-  }
-
-  int64_t* row(const Tensor& rows_BL, int64_t b) const { return rows_BL.mutable_data_ptr<int64_t>() + b * context_; }
-
-  void fill_eval_window(int64_t start, int64_t* tokens, int64_t* targets) const {
-    const int64_t length = std::min(context_, static_cast<int64_t>(split_.validation.size()) - start);
-    const uint8_t* window = split_.validation.data() + start;
-    tokens[0] = start == 0 ? kStartByte : window[-1];
-    std::copy_n(window, length - 1, tokens + 1);
-    std::copy_n(window, length, targets);
-  }
-
-  ByteSplit split_;
-  int64_t context_;
-};
-
-void require_window(const char* split, size_t bytes, int64_t needed) {
-  if (static_cast<int64_t>(bytes) >= needed) return;
-  usage_error(std::string("the ") + split + " split has " + std::to_string(bytes) + " bytes, fewer than the " +
-              std::to_string(needed) + " of one window; change `validation` or `context`, or take more text");
+TokenData piece_data(ByteSplit split, const DatasetSpec& spec) {
+  const SentencePieces pieces = pieces_of(spec, text_in(split.train));
+  TokenData data;
+  data.document_ends = std::move(split.document_ends);
+  data.vocabulary = std::ssize(pieces.bytes_V());
+  data.start = pieces.encode(std::string(1, kStartByte)).back();
+  data.bytes_V = pieces.bytes_V();
+  data.train_bytes = shared_bytes(std::move(split.train));
+  data.validation_bytes = shared_bytes(std::move(split.validation));
+  data.tokenizer = pieces.model();
+  data.train = TokenStream(pieces.encode(text_in(*data.train_bytes), data.document_ends));  // no token is of two documents
+  data.validation = TokenStream(pieces.encode(text_in(*data.validation_bytes)));
+  return data;
 }
 
 }  // namespace
@@ -156,24 +119,53 @@ ByteSplit split_documents(const std::vector<Document>& documents, double fractio
   ByteSplit split;
   if (by_document) {
     const std::vector<bool> held = held_out(documents, room);
-    for (size_t d = 0; d < documents.size(); ++d) append_bytes(held[d] ? split.validation : split.train, documents[d].bytes);
+    for (size_t d = 0; d < documents.size(); ++d) {
+      append_bytes(held[d] ? split.validation : split.train, documents[d].bytes);
+      if (!held[d]) split.document_ends.push_back(std::ssize(split.train));
+    }
     return split;
   }
-  for (const Document& document : documents) append_bytes(split.train, document.bytes);
+  for (const Document& document : documents) {
+    append_bytes(split.train, document.bytes);
+    split.document_ends.push_back(std::min<int64_t>(std::ssize(split.train), static_cast<int64_t>(total - room)));
+  }
   const auto boundary = split.train.end() - static_cast<int64_t>(room);
   split.validation.assign(boundary, split.train.end());
   split.train.erase(boundary, split.train.end());
   return split;
 }
 
-std::shared_ptr<const Dataset> make_byte_dataset(ByteSplit split, int64_t context) {
-  require_window("training", split.train.size(), context + 1);
-  require_window("validation", split.validation.size(), context);
-  return std::make_shared<ByteDataset>(std::move(split), context);
+std::shared_ptr<const Dataset> make_byte_dataset(ByteSplit split, int64_t context, const std::string& composer) {
+  TokenData data;
+  data.document_ends = std::move(split.document_ends);
+  data.vocabulary = kByteVocabulary;
+  data.token_name = "bytes";
+  data.start = kStartByte;
+  data.bytes_V = every_byte();
+  data.train_bytes = shared_bytes(std::move(split.train));
+  data.validation_bytes = shared_bytes(std::move(split.validation));
+  data.train = TokenStream(std::span(*data.train_bytes), data.train_bytes);
+  data.validation = TokenStream(std::span(*data.validation_bytes), data.validation_bytes);
+  return make_token_dataset(std::move(data), context, composer);
+}
+
+std::shared_ptr<const Dataset> make_text_dataset(ByteSplit split, const DatasetSpec& spec) {
+  const std::string& composer = spec.options.text("composer");
+  if (spec.options.text("tokenizer") == "bytes") return make_byte_dataset(std::move(split), spec.context, composer);
+  return make_token_dataset(piece_data(std::move(split), spec), spec.context, composer);
 }
 
 OptionSpec validation_option() {
   return {.name = "validation", .default_value = 0.05, .doc = "share of the bytes held out for validation", .min = 0, .max = 1};
+}
+
+OptionSpecs text_options() {
+  return {validation_option(),
+          option("tokenizer", "bytes", "what a token is: a byte, or a piece that SentencePiece learns from the training split")
+              .one_of({"bytes", "sentencepiece"}),
+          option("vocabulary_size", 1024, "sentencepiece: number of pieces, those of the 256 bytes and of the unknown included")
+              .between(kLeastPieces, kMostPieces),
+          composer_option()};
 }
 
 }  // namespace moelab

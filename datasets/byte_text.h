@@ -1,4 +1,4 @@
-// Text as bytes: reading documents, splitting them, and the data set of windows over the two splits.
+// Text: reading documents, splitting them, and the data set of windows over the two splits, in bytes or in SentencePiece units.
 #pragma once
 
 #include "core/dataset.h"
@@ -21,6 +21,7 @@ std::vector<Document> read_documents(const std::string& path);
 struct ByteSplit {
   std::vector<uint8_t> train;
   std::vector<uint8_t> validation;
+  std::vector<int64_t> document_ends = {};  // of the training split, in bytes, rising
 };
 
 // Validation gets at most `fraction` of the bytes. "document": documents are taken in the order of a hash of their names
@@ -28,11 +29,14 @@ struct ByteSplit {
 inline constexpr size_t kDocumentsForAuto = 20;
 ByteSplit split_documents(const std::vector<Document>& documents, double fraction, const std::string& how);
 
-// Windows of `context` bytes. Training windows start anywhere in the training split, uniformly. Validation windows lie end to
-// end; each begins with the byte before its first target, the very first with a line feed, as if a line had just ended.
-// Error(kUsage) when a split is shorter than one window.
-std::shared_ptr<const Dataset> make_byte_dataset(ByteSplit split, int64_t context);
+// Windows of `context` tokens, which are bytes, or what `tokenizer` of text_options() says. Training windows start anywhere in
+// the training split, uniformly, unless `composer` says otherwise. Validation windows lie end to end; each begins with the token
+// before its first target, the very first with a line feed, as if a line had just ended. Pieces are learned from the training
+// split alone. Error(kUsage) when a split is shorter than one window.
+std::shared_ptr<const Dataset> make_text_dataset(ByteSplit split, const DatasetSpec& spec);
+std::shared_ptr<const Dataset> make_byte_dataset(ByteSplit split, int64_t context, const std::string& composer = "windows");
 
+OptionSpecs text_options();  // of every data set that make_text_dataset makes
 OptionSpec validation_option();
 
 }  // namespace moelab

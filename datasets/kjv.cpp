@@ -11,7 +11,9 @@
 #include "datasets/cache.h"
 #include "datasets/process.h"
 
+#include <algorithm>
 #include <filesystem>
+#include <string_view>
 
 #include <dlfcn.h>
 
@@ -104,18 +106,33 @@ std::string verify_kjv() {
   return "kjv: " + std::to_string(file.size) + " bytes, SHA-256 " + file.sha256 + ": " + file.path();
 }
 
+// A chapter begins with its heading, the one kind of line between two empty ones that does not begin with a space.
+std::vector<Document> kjv_chapters(std::string_view text) {
+  std::vector<size_t> begins{0};
+  for (size_t blank = text.find("\n\n"); blank != std::string_view::npos; blank = text.find("\n\n", blank + 1)) {
+    const std::string_view rest = text.substr(blank + 2);
+    const size_t line = std::min(rest.find('\n'), rest.size());
+    if (!rest.starts_with(' ') && rest.substr(line, 2) == "\n\n") begins.push_back(blank + 2);
+  }
+  begins.push_back(text.size());
+  std::vector<Document> chapters;
+  for (size_t c = 0; c + 1 < begins.size(); ++c)
+    chapters.push_back({std::to_string(c), std::string(text.substr(begins[c], begins[c + 1] - begins[c]))});
+  return chapters;
+}
+
 std::shared_ptr<const Dataset> make_kjv(const DatasetSpec& spec) {
   verify_kjv();
-  const std::vector<Document> text = read_documents(kjv_file().path());
-  return make_byte_dataset(split_documents(text, spec.options.real("validation"), "block"), spec.context);
+  const std::vector<Document> chapters = kjv_chapters(read_file(kjv_file().path()));
+  return make_text_dataset(split_documents(chapters, spec.options.real("validation"), "block"), spec);
 }
 
 const Registration<DatasetEntry> kjv_registration{{
     .name = "kjv",
     .title = "The Bible, King James version",
     .citation = "The Holy Bible, Authorized (King James) Version; Debian packages bible-kjv and bible-kjv-text",
-    .doc = "One token per byte, 4.3 MB. The end of the text is held out.",
-    .options = {validation_option()},
+    .doc = "4.3 MB, one token per byte, or SentencePiece units. The end of the text is held out; composers take chapters.",
+    .options = text_options(),
     .make = make_kjv,
     .prepare = prepare_kjv,
     .verify = verify_kjv,

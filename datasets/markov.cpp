@@ -3,6 +3,8 @@
 //   S sources, each a chain of order m over V tokens; P(· | source, last m tokens) ~ Dirichlet(alpha, …, alpha)
 //   a sequence is a document of context + 1 tokens; its source is drawn with probability ∝ (s + 1)^-prior_zipf and is its
 //   domain label; the document starts in the source's long-run distribution
+//   with `document_length` below the context a sequence is packed with whole documents, each with a source and labels of its own;
+//   the documents of a step's batch come in the order drawn, or along a path of similar ones (datasets/composer.h)
 //   with `switching` > 0 the source is drawn anew before a token with that probability; the label is then the first source
 //
 // Known entropy (bits per token): Σ_s prior_s Σ_h π_s(h) H(P(· | s, h)), π_s the stationary distribution of the m-token
@@ -13,6 +15,7 @@
 // and their number, under another key.
 #include "core/dataset.h"
 #include "core/error.h"
+#include "datasets/composer.h"
 #include "datasets/dirichlet.h"
 #include "datasets/markov_chain.h"
 
@@ -21,6 +24,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 namespace moelab {
@@ -75,6 +79,8 @@ class MarkovDataset : public Dataset {
   MarkovDataset(MarkovMixture mixture, const DatasetSpec& spec)
       : mixture_(std::move(mixture)),
         context_(spec.context),
+        document_length_(document_length(spec)),
+        similar_(spec.options.text("composer") == "similarity"),
         eval_documents_(spec.options.integer("validation_documents")),
         eval_key_(random_key(spec.options.integer("source_seed"), "markov.validation")),
         stationary_(stationary_distribution(mixture_)),
@@ -88,13 +94,14 @@ class MarkovDataset : public Dataset {
 
   TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= batch, "a slice of a training batch lies outside it");
-    return documents(random_key(seed, "data").with("step", step), first, count);
+    const RandomKey key = random_key(seed, "data").with("step", step);
+    return packed_batch(key, first, count, similar_ ? similar_documents(key, batch * per_sequence()) : std::vector<int64_t>{});
   }
 
   int64_t eval_sequences() const override { return eval_documents_; }
   TokenBatch eval_batch(int64_t first, int64_t count) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= eval_documents_, "a validation slice lies outside the split");
-    return documents(eval_key_, first, count);
+    return packed_batch(eval_key_, first, count, {});
   }
 
   Tensor token_counts_V() const override {
@@ -107,18 +114,68 @@ class MarkovDataset : public Dataset {
   }
 
  private:
-  TokenBatch documents(RandomKey key, int64_t first, int64_t count) const {
-    TokenBatch out{.tokens_BL = at::empty({count, context_}, at::kLong),
-                   .targets_BL = at::empty({count, context_}, at::kLong),
-                   .sequence_B = at::arange(first, first + count, at::kLong),
-                   .domain_B = at::empty({count}, at::kLong)};
-    std::vector<int64_t> tokens(context_ + 1);
-    for (int64_t b = 0; b < count; ++b) {
-      out.domain_B.mutable_data_ptr<int64_t>()[b] = write_document(key.with("document", first + b), tokens);
-      std::copy_n(tokens.begin(), context_, out.tokens_BL.mutable_data_ptr<int64_t>() + b * context_);
-      std::copy_n(tokens.begin() + 1, context_, out.targets_BL.mutable_data_ptr<int64_t>() + b * context_);
+  static int64_t document_length(const DatasetSpec& spec) {
+    const int64_t length = spec.options.integer("document_length");
+    if (length > spec.context)
+      usage_error("data set 'markov': `document_length` is above the model's context of " + std::to_string(spec.context));
+    const bool whole = length == 0 || length == spec.context;
+    if (whole && spec.options.text("composer") == "similarity")
+      usage_error("data set 'markov': `composer` = \"similarity\" orders the documents of a sequence; set `document_length` "
+                  "below the context of " + std::to_string(spec.context));
+    return length == 0 ? spec.context : length;
+  }
+
+  int64_t per_sequence() const { return (context_ + document_length_ - 1) / document_length_; }  // documents
+
+  std::vector<int64_t> similar_documents(RandomKey key, int64_t count) const {
+    DocumentProfiles profiles(count);
+    std::vector<int64_t> tokens(document_length_ + 1);
+    for (int64_t n = 0; n < count; ++n) {
+      write_document(key.with("document", n), tokens);
+      profiles.set(n, tokens);
     }
+    return profiles.similar_path();
+  }
+
+  // `order` says which documents follow each other through all sequences; empty = as they are drawn.
+  TokenBatch packed_batch(RandomKey key, int64_t first, int64_t count, const std::vector<int64_t>& order) const {
+    TokenBatch out;
+    out.tokens_BL = at::empty({count, context_}, at::kLong);
+    out.targets_BL = at::empty({count, context_}, at::kLong);
+    out.sequence_B = at::arange(first, first + count, at::kLong);
+    out.domain_BL = at::empty({count, context_}, at::kLong);
+    out.document_BL = at::empty({count, context_}, at::kLong);
+    for (int64_t b = 0; b < count; ++b) {
+      std::vector<int64_t> packed(per_sequence());
+      std::iota(packed.begin(), packed.end(), (first + b) * per_sequence());
+      for (int64_t& document : packed) document = order.empty() ? document : order[document];
+      write_sequence(key, packed, {.tokens = row(out.tokens_BL, b), .targets = row(out.targets_BL, b),
+                                   .documents = row(out.document_BL, b), .labels = row(out.domain_BL, b)});
+    }
+    if (per_sequence() > 1) return out;
+    out.domain_B = out.domain_BL.select(1, 0).contiguous();
+    out.domain_BL = out.document_BL = Tensor();
     return out;
+  }
+
+  struct Rows {
+    int64_t *tokens, *targets, *documents, *labels;
+  };
+
+  int64_t* row(const Tensor& rows_BL, int64_t b) const { return rows_BL.mutable_data_ptr<int64_t>() + b * context_; }
+
+  // Each document brings document_length_ targets; its tokens stand before them, so that the first one begins with one more.
+  void write_sequence(RandomKey key, const std::vector<int64_t>& packed, Rows to) const {
+    std::vector<int64_t> tokens(document_length_ + 1);
+    for (int64_t j = 0; j < per_sequence(); ++j) {
+      const int64_t label = write_document(key.with("document", packed[j]), tokens);
+      const int64_t first = j * document_length_, count = std::min(document_length_, context_ - first);
+      std::copy_n(tokens.begin() + 1, count, to.targets + first);
+      const int64_t shown = first == 0 ? 0 : first + 1, end = std::min(first + count + 1, context_);
+      std::copy_n(tokens.begin() + (shown - first), end - shown, to.tokens + shown);
+      std::fill(to.documents + shown, to.documents + end, packed[j]);
+      std::fill(to.labels + shown, to.labels + end, label);
+    }
   }
 
   // Fills `tokens` and returns the first source. The context before the first token comes from the long-run distribution,
@@ -142,6 +199,8 @@ class MarkovDataset : public Dataset {
 
   MarkovMixture mixture_;
   int64_t context_;
+  int64_t document_length_;
+  bool similar_;
   int64_t eval_documents_;
   RandomKey eval_key_;
   std::vector<double> stationary_;  // [S, H]
@@ -158,7 +217,8 @@ const Registration<DatasetEntry> markov_registration{{
     .name = "markov",
     .title = "A mixture of Markov sources with known entropy rate",
     .citation = "generated",
-    .doc = "Each sequence is a document of one source, its domain label. Training documents never end and never repeat; "
+    .doc = "Each sequence is a document of one source, its domain label, or holds several. "
+           "Training documents never end and never repeat; "
            "validation documents come from another stream.",
     .options = {{.name = "sources",
                  .default_value = int64_t{4},
@@ -197,7 +257,11 @@ const Registration<DatasetEntry> markov_registration{{
                  .default_value = int64_t{256},
                  .doc = "number of validation sequences",
                  .min = 1,
-                 .max = 1e6}},
+                 .max = 1e6},
+                option("document_length", 0, "tokens of a document, several of which fill a sequence; 0 = the context")
+                    .at_least(0),
+                option("composer", "random", "training documents follow each other as drawn, or similar ones of a batch do")
+                    .one_of({"random", "similarity"})},
     .make = make_markov,
 }};
 

@@ -1,10 +1,11 @@
-// `moelab data list|prepare|verify`: the data sets, what they need, and whether it is there.
+// `moelab data list|prepare|verify|tokenize`: the data sets, what they need, whether it is there, and what it is as tokens.
 #include "experiments/cli.h"
 
 #include "core/dataset.h"
 #include "core/error.h"
 #include "experiments/catalogue.h"
 #include "experiments/text_table.h"
+#include "experiments/tokenize.h"
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -16,7 +17,9 @@ namespace moelab {
 namespace {
 
 struct DataArguments {
-  std::string name;
+  std::string name;  // of a data set, or of an experiment file
+  std::string out;
+  std::vector<std::string> overrides;
   bool json = false;
 };
 
@@ -66,6 +69,11 @@ void run_data_verify(const DataArguments& arguments) {
   say_of_data(arguments, entry.verify ? entry.verify() : arguments.name + " has nothing to verify");
 }
 
+void run_data_tokenize(const DataArguments& arguments) {
+  const Json table = tokenize(load_config(arguments.name, arguments.overrides), arguments.out);
+  fmt::print("{}", arguments.json ? table.dump(2) + "\n" : tokenize_text(table));
+}
+
 CLI::App* add_data_verb(CLI::App& data, const char* name, const char* what, DataArguments& arguments) {
   CLI::App* verb = data.add_subcommand(name, what);
   verb->add_flag("--json", arguments.json, "print one JSON document");
@@ -76,7 +84,7 @@ CLI::App* add_data_verb(CLI::App& data, const char* name, const char* what, Data
 
 void add_data_command(CLI::App& app) {
   const auto arguments = std::make_shared<DataArguments>();
-  CLI::App* data = app.add_subcommand("data", "list, fetch and verify data sets");
+  CLI::App* data = app.add_subcommand("data", "list, fetch, verify and tokenize data sets");
   data->require_subcommand(1);
   data->footer("Example: moelab data prepare kjv");
   CLI::App* list = add_data_verb(*data, "list", "the data sets, and whether each is ready", *arguments);
@@ -90,6 +98,13 @@ void add_data_command(CLI::App& app) {
   verify->add_option("NAME", arguments->name, "as `data list` prints it")->required();
   verify->footer("Example: moelab data verify kjv");
   verify->callback([arguments] { run_data_verify(*arguments); });
+  CLI::App* tokens = add_data_verb(*data, "tokenize", "write an experiment's data as token files, and print the table for them",
+                                   *arguments);
+  tokens->add_option("EXP.toml", arguments->name, "whose [data]")->required();
+  tokens->add_option("--out", arguments->out, "the folder to write to")->required();
+  tokens->add_option("--set", arguments->overrides, "override a value: a.b=v")->take_all();
+  tokens->footer("Example: moelab data tokenize experiments/base/lm_text.toml --out tokens");
+  tokens->callback([arguments] { run_data_tokenize(*arguments); });
 }
 
 }  // namespace moelab

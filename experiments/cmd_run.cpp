@@ -65,6 +65,7 @@ void record_failure(RunFolder& folder, RecordWriter& records, const Experiment& 
 
 // Trains from where `checkpoint` left off (null: from the start), and reports.
 void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoint, const RunArguments& arguments) {
+  folder.keep_tokenizer(experiment.data->tokenizer());
   RecordWriter records(folder);
   StatusLine status;
   std::vector<Observer*> observers{&records};
@@ -111,7 +112,7 @@ void resume(const RunArguments& arguments) {
   folder->lock();
   const Table root = load_config(folder->resolved_config());
   prepare_process(read_train_settings(root));
-  Experiment experiment = load_experiment(root);
+  Experiment experiment = load_experiment(root, folder->tokenizer());
   // A run that was killed before its first checkpoint starts again: the same draws, the same result.
   if (!std::filesystem::exists(folder->checkpoints()) || checkpoint_steps(folder->checkpoints()).empty()) {
     folder->drop_records_after(-1);
@@ -126,9 +127,10 @@ void eval(const RunArguments& arguments) {
   const auto folder = RunFolder::open(arguments.path);
   const Table root = load_config(folder->resolved_config());
   prepare_process(read_train_settings(root));
-  Experiment experiment = load_experiment(root);
+  Experiment experiment = load_experiment(root, folder->tokenizer());
   const Checkpoint checkpoint = load_latest(folder->checkpoints());
   for (const std::string& warning : checkpoint.warnings) fmt::print(stderr, "moelab: {}\n", warning);
+  require_same_data(checkpoint, *experiment.data);
   restore_model(checkpoint, *experiment.model);
   const std::shared_ptr<Comm> comm = single_comm();
   const TrainSettings& train = experiment.train;

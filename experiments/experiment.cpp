@@ -63,7 +63,7 @@ int64_t model_context(const Table& root) {
   return model.options({option("context", 256, "tokens of a sequence").at_least(1)}, model.keys()).integer("context");
 }
 
-Experiment load_experiment(const Table& root) {
+Experiment load_experiment(const Table& root, const std::string& tokenizer) {
   check_top_level(root);
   load_plugins(root);
   Experiment e;
@@ -71,7 +71,7 @@ Experiment load_experiment(const Table& root) {
   e.name = run_name(root);
   e.train = read_train_settings(root);
   read_objective(root, e.train);  // before data are read
-  e.data = read_dataset(root, model_context(root));
+  e.data = read_dataset(root, model_context(root), tokenizer);
   e.model = model_that_fits(e);
   refuse_missing_labels(root, *e.model, *e.data);
   CorpusStatistics statistics{e.data->token_counts_V()};

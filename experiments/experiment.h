@@ -21,8 +21,9 @@ struct Experiment {
   std::shared_ptr<Model> model;
 };
 
-// Reads everything and refuses what does not fit, before anything is created on disk.
-Experiment load_experiment(const Table& root);
+// Reads everything and refuses what does not fit, before anything is created in a run folder. `tokenizer` is what an earlier run
+// of this experiment learned, Dataset::tokenizer(); "" = learn anew.
+Experiment load_experiment(const Table& root, const std::string& tokenizer = "");
 
 // Tokens of a sequence, as `[model] context` says.
 int64_t model_context(const Table& root);

@@ -88,6 +88,12 @@ std::unique_ptr<RunFolder> RunFolder::open(const std::string& path) {
   return std::unique_ptr<RunFolder>(new RunFolder(path));
 }
 
+void RunFolder::keep_tokenizer(const std::string& tokenizer) {
+  if (!tokenizer.empty() && !fs::exists(file("tokenizer.model"))) write_file_atomically(file("tokenizer.model"), tokenizer);
+}
+
+std::string RunFolder::tokenizer() const { return fs::exists(file("tokenizer.model")) ? read_file(file("tokenizer.model")) : ""; }
+
 void RunFolder::lock() { lock_ = std::make_unique<RunLock>(path_); }
 
 void RunFolder::set_status(const std::string& line) { write_file_atomically(file("STATUS"), line + "\n"); }
@@ -140,7 +146,8 @@ void RecordWriter::event(int64_t step, const std::string& kind, const nlohmann::
 
 std::map<std::string, double> evaluation_metrics(const Evaluation& evaluation) {
   std::map<std::string, double> m{{"eval.loss", evaluation.loss}, {"eval.bits_per_byte", evaluation.bits_per_byte},
-                                  {"eval.accuracy", evaluation.accuracy}, {"eval.tokens", static_cast<double>(evaluation.tokens)}};
+                                  {"eval.accuracy", evaluation.accuracy}, {"eval.tokens", static_cast<double>(evaluation.tokens)},
+                                  {"eval.bytes", evaluation.bytes}};
   for (size_t s = 0; s < evaluation.labels.size(); ++s) {
     const std::string prefix = "eval." + evaluation.labels[s] + ".";
     for (const auto& [name, value] : metrics_of(evaluation.records[s])) m[prefix + name] = value;

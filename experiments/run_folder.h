@@ -1,5 +1,5 @@
 // The folder of one run: config.toml (verbatim), config.resolved.toml, env.json, metrics.jsonl, events.jsonl, summary.json,
-// STATUS, ckpt/. It is locked while a process trains in it.
+// STATUS, ckpt/, and tokenizer.model where one was learned. It is locked while a process trains in it.
 #pragma once
 
 #include "core/io/files.h"
@@ -26,6 +26,9 @@ class RunFolder {
   std::string checkpoints() const { return path_ + "/ckpt"; }
   std::string resolved_config() const { return path_ + "/config.resolved.toml"; }
   std::string file(const std::string& name) const { return path_ + "/" + name; }
+
+  void keep_tokenizer(const std::string& tokenizer);  // as tokenizer.model, where there is something to keep
+  std::string tokenizer() const;                      // what it holds, "" = nothing
 
   void lock();                                // Error(kUsage) naming the process that holds it
   void set_status(const std::string& line);   // STATUS

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <numbers>
 #include <unistd.h>
 
 namespace moelab {
@@ -53,8 +54,10 @@ Request StatusLine::on_step(const StepView& view) {
 
 void StatusLine::on_evaluation(const Evaluation& evaluation, int64_t step, bool) {
   finish_line();
-  fmt::print(stderr, "eval at step {}: loss {:.4f}, {:.4f} bits/byte, accuracy {:.3f}, {} tokens\n", step, evaluation.loss,
-             evaluation.bits_per_byte, evaluation.accuracy, evaluation.tokens);
+  const bool known = !std::isnan(evaluation.bits_per_byte);
+  const double bits = known ? evaluation.bits_per_byte : evaluation.loss / std::numbers::ln2;
+  fmt::print(stderr, "eval at step {}: loss {:.4f}, {:.4f} bits/{}, accuracy {:.3f}, {} tokens\n", step, evaluation.loss, bits,
+             known ? "byte" : "token", evaluation.accuracy, evaluation.tokens);
 }
 
 void StatusLine::on_event(const std::string& site, const Event& event, int64_t step) {

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cctype>
 #include <limits>
+#include <numbers>
 
 namespace moelab {
 namespace {
@@ -106,6 +107,21 @@ std::string baselines_text(const nlohmann::json& s) {
   return text;
 }
 
+// "validation bits per byte, 107456 bytes in 39000 tokens:"
+std::string units_text(bool text, const nlohmann::json& s) {
+  const std::string tokens = s.at("eval.tokens").dump();
+  if (!text) return fmt::format("\nvalidation bits per token, {} tokens:\n", tokens);
+  const std::string bytes = number_text(s.at("eval.bytes"), "{:.0f}");
+  const std::string apart = bytes == tokens ? "" : fmt::format(" in {} tokens", tokens);
+  return fmt::format("\nvalidation bits per byte, {} bytes{}:\n", bytes, apart);
+}
+
+std::string model_bits_text(bool text, const nlohmann::json& s) {
+  if (text) return fmt::format("  this model                    {}\n", number_text(s.at("eval.bits_per_byte"), "{:.4f}"));
+  const nlohmann::json& nats = s.at("eval.loss");
+  return fmt::format("  this model                    {:.4f}\n", nats.is_null() ? 0.0 : nats.get<double>() / std::numbers::ln2);
+}
+
 }  // namespace
 
 RunVerdict verdict_of(const Evaluation& evaluation) {
@@ -148,6 +164,7 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
                    {"eval.bits_per_byte", summary_number(evaluated ? evaluation.bits_per_byte : none)},
                    {"eval.accuracy", summary_number(evaluated ? evaluation.accuracy : none)},
                    {"eval.tokens", evaluated ? nlohmann::json(evaluation.tokens) : nlohmann::json()},
+                   {"eval.bytes", summary_number(evaluated ? evaluation.bytes : none)},
                    {"data.entropy_bits", summary_number(experiment.data->known_entropy_bits())}};
   for (int c = 0; c <= kLongestContext; ++c)
     s[fmt::format("baseline.ngram.context_{}.bits_per_byte", c)] =
@@ -166,10 +183,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
 }
 
 std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample, const std::string& folder) {
-  const bool bytes = !experiment.data->validation_bytes().empty();
-  std::string text = fmt::format("\nvalidation bits per {0}, {1} {0}s:\n", bytes ? "byte" : "token", s.at("eval.tokens").dump());
-  text += baselines_text(s);
-  text += fmt::format("  this model                    {}\n", number_text(s.at("eval.bits_per_byte"), "{:.4f}"));
+  const bool is_text = experiment.data->is_text();
+  std::string text = units_text(is_text, s) + baselines_text(s) + model_bits_text(is_text, s);
   text += layers_text(experiment, s);
   if (!sample.empty()) text += fmt::format("\nwhat the model writes ({} bytes):\n---\n{}\n---\n", sample.size(), printable(sample));
   text += fmt::format("\nparameters {} ({} active per token); tokens trained {}; {:.0f} s\n", s.at("params.total").dump(),
@@ -178,15 +193,16 @@ std::string final_text(const Experiment& experiment, const nlohmann::json& s, co
   return text + fmt::format("everything lies in {}: summary.json, metrics.jsonl, events.jsonl, config.resolved.toml, ckpt/\n", folder);
 }
 
-std::string sample_text(const Experiment& experiment, int64_t tokens, int64_t step) {
-  const auto& bytes = experiment.data->validation_bytes();
+std::string sample_text(const Experiment& experiment, int64_t bytes, int64_t step) {
+  const Dataset& data = *experiment.data;
   const int64_t prompt_length = std::min<int64_t>(32, experiment.model->context() / 2);
-  if (static_cast<int64_t>(bytes.size()) < prompt_length || prompt_length == 0) return "";
-  const std::vector<int64_t> prompt(bytes.begin(), bytes.begin() + prompt_length);
-  std::string text;
-  const SampleSettings settings{tokens, 0.8, experiment.train.seed, step, experiment.train.steps};
-  for (const int64_t byte : generate(*experiment.model, prompt, settings)) text += static_cast<char>(byte);
-  return text;
+  if (prompt_length == 0 || data.eval_sequences() == 0) return "";
+  const Tensor start_L = data.eval_batch(0, 1).targets_BL[0];
+  const auto* first = start_L.const_data_ptr<int64_t>();
+  const std::vector<int64_t> prompt(first, first + prompt_length);
+  if (data.text_of(prompt).empty()) return "";
+  const SampleSettings settings{bytes, 0.8, experiment.train.seed, step, experiment.train.steps};  // a token has a byte or more
+  return data.text_of(generate(*experiment.model, prompt, settings)).substr(0, bytes);
 }
 
 }  // namespace moelab

@@ -31,8 +31,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
 // Bits per byte beside the baselines, a table of the experts' loads, what the model writes, and where everything lies.
 std::string final_text(const Experiment& experiment, const nlohmann::json& summary, const std::string& sample, const std::string& folder);
 
-// `tokens` bytes that the model continues the validation split's first bytes with after `step` steps; "" where tokens are not
-// bytes.
-std::string sample_text(const Experiment& experiment, int64_t tokens, int64_t step);
+// The first `bytes` bytes that the model continues the validation split's first tokens with after `step` steps; "" where tokens
+// stand for no text.
+std::string sample_text(const Experiment& experiment, int64_t bytes, int64_t step);
 
 }  // namespace moelab

@@ -13,7 +13,7 @@ set -euo pipefail
 readonly TORCH_VERSION=2.11.0
 readonly PACKAGES=(g++ make ninja-build mold ccache git ca-certificates curl python3 python3-venv
                    libtomlplusplus-dev libeigen3-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev
-                   libspdlog-dev libfmt-dev libxxhash-dev zlib1g-dev liblemon-dev)
+                   libspdlog-dev libfmt-dev libxxhash-dev zlib1g-dev liblemon-dev libsentencepiece-dev)
 readonly BACKPORTS=(cmake libcatch2-dev catch2)   # spdlog's headers conflict with Debian's own catch2: both come from backports
 readonly CACHE="${MOELAB_CACHE:-${XDG_CACHE_HOME:-${HOME:-/var/tmp}/.cache}/moelab}"
 readonly VENV="$CACHE/torch-$TORCH_VERSION"

@@ -24,7 +24,7 @@ struct LocalSum {
 struct EvalSums {
   const std::vector<Site*>& sites;
   int64_t tokens = 0, right = 0;
-  double loss = 0;
+  double loss = 0, bytes = 0;
   std::vector<RoutingRecord> records;
   TermTotals totals;                   // of scope "step"
   std::map<TermKey, LocalSum> locals;  // of the others
@@ -54,12 +54,13 @@ struct EvalSums {
 
   void all_reduce(Comm& comm) {
     if (comm.size() == 1) return;
-    const Tensor counts = at::tensor({tokens, right}, at::kLong), sums = at::tensor({loss}, at::kDouble);
+    const Tensor counts = at::tensor({tokens, right}, at::kLong), sums = at::tensor({loss, bytes}, at::kDouble);
     comm.all_reduce(counts);
     comm.all_reduce(sums);
     tokens = counts[0].item<int64_t>();
     right = counts[1].item<int64_t>();
-    loss = sums.item<double>();
+    loss = sums[0].item<double>();
+    bytes = sums[1].item<double>();
     for (RoutingRecord& record : records) record.all_reduce(comm);
     for (auto& [key, total] : totals) moelab::all_reduce(total, comm);
     for (auto& [key, local] : locals) all_reduce(local, comm);
@@ -128,6 +129,7 @@ EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Data
   for (int64_t first = comm.rank() * settings.batch; first < count; first += comm.size() * settings.batch) {
     const Batch rows = to_batch(data.eval_batch(first, std::min(settings.batch, count - first)));
     sums.add(model.forward(rows, context), rows);
+    sums.bytes += data.bytes_of(rows.targets_BL);
   }
   sums.all_reduce(comm);
   pool_layers(sums.totals, sites);
@@ -137,7 +139,7 @@ EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Data
 }  // namespace
 
 Batch to_batch(const TokenBatch& tokens) {
-  Batch batch{tokens.tokens_BL, tokens.targets_BL, {}, tokens.sequence_B, tokens.domain_B};
+  Batch batch{tokens.tokens_BL, tokens.targets_BL, {}, tokens.sequence_B, tokens.domain_B, tokens.domain_BL};
   const Tensor counted_BL = tokens.targets_BL.ge(0);
   if (counted_BL.all().item<bool>()) return batch;
   const Tensor place_L = at::arange(1, tokens.targets_BL.size(1) + 1, at::kLong);
@@ -153,7 +155,8 @@ Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings&
   const double tokens = static_cast<double>(std::max<int64_t>(1, sums.tokens));
   out.tokens = sums.tokens;
   out.loss = sums.loss / tokens;
-  out.bits_per_byte = out.loss / std::numbers::ln2 / data.bytes_per_token();
+  out.bytes = sums.bytes;
+  out.bits_per_byte = out.loss / std::numbers::ln2 * (tokens / sums.bytes);
   out.accuracy = static_cast<double>(sums.right) / tokens;
   out.labels = site_labels(sites);
   out.records = sums.records;

@@ -13,8 +13,9 @@ namespace moelab {
 
 struct Evaluation {
   int64_t tokens = 0;         // predicted
+  double bytes = 0;           // of the text that they stand for: Dataset::bytes_of()
   double loss = 0;            // nats per token
-  double bits_per_byte = 0;
+  double bits_per_byte = 0;   // all bits over all bytes; NaN where nobody knows the bytes
   double accuracy = 0;        // share of tokens whose most probable prediction is right
   std::vector<std::string> labels;                 // per site: site_labels()
   std::vector<RoutingRecord> records;              // per site

@@ -53,6 +53,18 @@ double share_left(const ScheduleSettings& schedule, double progress) {
   return 1 - (schedule.decay == "wsd" && schedule.decay_shape == "sqrt" ? std::sqrt(progress) : progress);
 }
 
+// The first option that a complaint about the data names in `…` and the file sets, else what says which data they are.
+std::string place_of_complaint(const Table& table, const std::string& complaint) {
+  for (size_t open = complaint.find('`'); open != std::string::npos;) {
+    const size_t close = complaint.find('`', open + 1);
+    if (close == std::string::npos) break;
+    const std::string word = complaint.substr(open + 1, close - open - 1);
+    if (table.has(word)) return table.place_of(word);
+    open = complaint.find('`', close + 1);
+  }
+  return table.place_of(table.has("path") ? "path" : "name");
+}
+
 }  // namespace
 
 OptionSpec plugins_option() {
@@ -148,7 +160,7 @@ TrainSettings read_train_settings(const Table& root) {
   return s;
 }
 
-std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context) {
+std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, const std::string& tokenizer) {
   const Table table = root.child("data");
   const std::string name = table.options(data_options({}), table.keys()).text("name");
   if (!Registry<DatasetEntry>::instance().contains(name)) {
@@ -161,9 +173,9 @@ std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context) 
   const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);
   const Options options = table.options(data_options(entry.options));
   try {
-    return make_dataset(name, {context, options});
+    return make_dataset(name, {context, options, tokenizer});
   } catch (const Error& error) {
-    throw Error(error.code(), fmt::format("{}: {}", table.place_of(table.has("path") ? "path" : "name"), error.what()));
+    throw Error(error.code(), fmt::format("{}: {}", place_of_complaint(table, error.what()), error.what()));
   }
 }
 

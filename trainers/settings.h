@@ -59,8 +59,8 @@ TrainSettings read_train_settings(const Table& root);
 // `[objective] name` with its own options, or `[train] objective`. After plugins are loaded: one of them may bring it.
 void read_objective(const Table& root, TrainSettings& settings);
 
-// `[data] name` and its own options; `context` is the model's.
-std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context);
+// `[data] name` and its own options; `context` is the model's. `tokenizer` is what an earlier run learned; "" = learn anew.
+std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, const std::string& tokenizer = "");
 
 // Refuses tables that no reader knows.
 void check_top_level(const Table& root);

@@ -104,6 +104,13 @@ void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& 
   copy_all(moments);
 }
 
+void require_same_data(const Checkpoint& checkpoint, const Dataset& data) {
+  const std::string found = data.fingerprint(), trained = checkpoint.content.state.value("data", found);
+  if (trained == found) return;
+  data_error(fmt::format("{} was trained on other data than its config finds now (tokens of the splits and their hash: {} then, "
+                         "{} now); put the files back as they were", checkpoint.folder, trained, found));
+}
+
 void restore_model(const Checkpoint& checkpoint, const Model& model) {
   copy_all(matched(model_views(model), group_of(checkpoint, "model"), checkpoint.folder + "/model.safetensors"));
 }

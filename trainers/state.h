@@ -2,6 +2,7 @@
 // expert, "layers.3.moe.experts.17.w_in", so that a file says nothing of how experts were spread.
 #pragma once
 
+#include "core/dataset.h"
 #include "core/io/checkpoint.h"
 #include "core/model/model.h"
 #include "trainers/optimizer.h"
@@ -17,5 +18,8 @@ CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimi
 // missing, unknown, or of another shape or dtype; nothing has been changed then.
 void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& optimizer);
 void restore_model(const Checkpoint& checkpoint, const Model& model);
+
+// Error(kData) where the checkpoint was trained on other tokens than these data hold: a file or the tokenizer has changed.
+void require_same_data(const Checkpoint& checkpoint, const Dataset& data);
 
 }  // namespace moelab

@@ -110,6 +110,7 @@ Outcome Trainer::run() {
 }
 
 void Trainer::resume(const Checkpoint& checkpoint) {
+  require_same_data(checkpoint, *data_);
   restore(checkpoint, *model_, optimizer_);
   freeze_only(*model_, checkpoint.content.state.at("frozen"));
   step_ = saved_step_ = checkpoint.step;
@@ -210,6 +211,7 @@ void Trainer::evaluate_now(bool final) {
 void Trainer::save() {
   if (checkpoint_root_.empty() || saved_step_ == step_ || comm_->rank() != 0) return;
   const nlohmann::json state{{"step", step_}, {"tokens", tokens_}, {"frozen", frozen_names(*model_)},
+                             {"data", data_->fingerprint()},
                              {"window", window_.save()}, {"last_window", last_window_.save()}};
   const std::string folder = write_checkpoint(checkpoint_root_, step_, checkpoint_content(*model_, optimizer_, state),
                                               static_cast<int>(settings_.keep_last));

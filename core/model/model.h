@@ -20,6 +20,7 @@ struct Batch {
   Tensor length_B;     // int64, undefined = all full
   Tensor sequence_B;   // int64 global id of each sequence in this step: keys the random draws
   Tensor domain_B;     // int64, undefined where the data have no labels
+  Tensor domain_BL;    // int64, instead of domain_B where a sequence holds several documents
 
   int64_t target_tokens() const;
   int64_t rows() const;  // without padding

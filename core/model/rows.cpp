@@ -40,7 +40,8 @@ BatchRows::BatchRows(const Batch& batch, int64_t first)
   channels_.position_T = rows_of(column_BL).add(first);
   channels_.sequence_T = per_sequence(ordinal_B);
   channels_.sequence_key_T = per_sequence(batch.sequence_B.defined() ? batch.sequence_B : ordinal_B);
-  if (batch.domain_B.defined()) channels_.domain_T = per_sequence(batch.domain_B);
+  if (batch.domain_BL.defined()) channels_.domain_T = rows_of(batch.domain_BL.cpu());
+  else if (batch.domain_B.defined()) channels_.domain_T = per_sequence(batch.domain_B);
   channels_.sequences = batch_;
   channels_.cu_seqlens_B1 = rising_offsets(length_B);
 }

@@ -41,6 +41,20 @@ inline std::shared_ptr<const Dataset> make(const std::string& name, int64_t cont
   return make_dataset(name, spec_of(name, context, set));
 }
 
+// Lines of made-up words, a few of them frequent, without any other line feed than at their ends.
+inline std::string wordy_text(size_t bytes, uint32_t seed = 1) {
+  const std::vector<std::string> syllables{"ka", "to", "mi", "ren", "sol", "du", "pa", "lin", "ve", "gor", "shi", "num"};
+  std::string text;
+  uint32_t state = seed;
+  const auto draw = [&state](uint32_t below) { return ((state = state * 1664525u + 1013904223u) >> 16) % below; };
+  while (text.size() < bytes) {
+    const uint32_t word = std::min(draw(40), draw(40));
+    for (uint32_t s = 0; s < 1 + word % 3; ++s) text += syllables[(word * 7 + s * 5) % syllables.size()];
+    text += draw(9) == 0 ? ".\n" : draw(12) == 0 ? ", " : " ";
+  }
+  return text.substr(0, bytes);
+}
+
 struct Failure {
   ExitCode code = ExitCode::kDone;
   std::string message;

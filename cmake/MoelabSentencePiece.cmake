@@ -1,0 +1,15 @@
+# SentencePiece, which brings no CMake package: its library, its trainer, and its version, which the names of cached models hold.
+find_library(SENTENCEPIECE_LIBRARY sentencepiece REQUIRED)
+find_library(SENTENCEPIECE_TRAIN_LIBRARY sentencepiece_train REQUIRED)
+find_path(SENTENCEPIECE_INCLUDE_DIR sentencepiece_trainer.h REQUIRED)
+get_filename_component(folder ${SENTENCEPIECE_LIBRARY} DIRECTORY)
+set(SENTENCEPIECE_VERSION unknown)
+if(EXISTS ${folder}/pkgconfig/sentencepiece.pc)
+  file(STRINGS ${folder}/pkgconfig/sentencepiece.pc line REGEX "^Version:")
+  string(REGEX REPLACE "^Version: *" "" SENTENCEPIECE_VERSION "${line}")
+endif()
+
+add_library(moelab_sentencepiece INTERFACE)
+target_include_directories(moelab_sentencepiece SYSTEM INTERFACE ${SENTENCEPIECE_INCLUDE_DIR})
+target_link_libraries(moelab_sentencepiece INTERFACE ${SENTENCEPIECE_TRAIN_LIBRARY} ${SENTENCEPIECE_LIBRARY})
+target_compile_definitions(moelab_sentencepiece INTERFACE MOELAB_SENTENCEPIECE_VERSION="${SENTENCEPIECE_VERSION}")

@@ -1,0 +1,228 @@
+#include "datasets/sentencepiece.h"
+
+#include "core/error.h"
+#include "core/io/files.h"
+#include "datasets/cache.h"
+
+#include <sentencepiece_processor.h>
+#include <sentencepiece_trainer.h>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+#include <charconv>
+#include <filesystem>
+#include <optional>
+#include <utility>
+
+namespace moelab {
+namespace {
+
+namespace fs = std::filesystem;
+namespace spm = ::sentencepiece;
+
+constexpr size_t kLongestSentence = 4096;         // bytes; the library counts characters of a word in 16 bits
+constexpr size_t kRememberedWords = size_t{1} << 20;
+constexpr std::string_view kVisibleSpace = "\xe2\x96\x81";  // U+2581, which the library writes for a space
+const char* const kPieceBytes = "<0x{:02X}>";               // and for a byte
+
+// Text goes through as it is: nothing is normalised, and every byte has a piece.
+std::unordered_map<std::string, std::string> training_settings(int64_t vocabulary) {
+  return {{"model_type", "bpe"},
+          {"vocab_size", std::to_string(vocabulary)},
+          {"byte_fallback", "true"},
+          {"normalization_rule_name", "identity"},
+          {"add_dummy_prefix", "false"},
+          {"remove_extra_whitespaces", "false"},
+          {"max_sentence_length", std::to_string(kLongestSentence)},
+          {"bos_id", "-1"},
+          {"eos_id", "-1"},
+          {"num_threads", "1"},
+          {"minloglevel", "2"}};
+}
+
+bool continues_character(char byte) { return (static_cast<uint8_t>(byte) & 0xc0) == 0x80; }
+
+// The end of the first sentence: behind its line feed, or, where a line is too long, before a space or at least between two
+// characters.
+size_t sentence_end(std::string_view text) {
+  const std::string_view start = text.substr(0, kLongestSentence);
+  if (const size_t feed = start.find('\n'); feed != std::string_view::npos) return feed + 1;
+  if (start.size() == text.size()) return text.size();
+  if (const size_t space = start.rfind(' '); space != std::string_view::npos && space > 0) return space;
+  size_t end = start.size();
+  while (end > start.size() - 4 && continues_character(text[end])) --end;
+  return end;
+}
+
+class Sentences : public spm::SentenceIterator {
+ public:
+  explicit Sentences(std::string_view text) : rest_(text) { Next(); }
+  bool done() const override { return sentence_.empty(); }
+  void Next() override {
+    sentence_ = rest_.substr(0, sentence_end(rest_));
+    rest_.remove_prefix(sentence_.size());
+  }
+  const std::string& value() const override { return sentence_; }
+  spm::util::Status status() const override { return {}; }
+
+ private:
+  std::string_view rest_;
+  std::string sentence_;
+};
+
+// The whole number that follows `words` in `text`.
+std::optional<int64_t> number_after(std::string_view text, std::string_view words) {
+  const size_t at = text.find(words);
+  if (at == std::string_view::npos) return {};
+  int64_t number = 0;
+  const auto [end, failure] = std::from_chars(text.data() + at + words.size(), text.data() + text.size(), number);
+  return failure == std::errc() ? std::optional(number) : std::nullopt;
+}
+
+// The library says by words alone what does not fit.
+[[noreturn]] void refuse_vocabulary(int64_t wanted, const std::string& complaint) {
+  const std::string given = fmt::format("`vocabulary_size` = {}", wanted);
+  if (const auto needed = number_after(complaint, fmt::format("required_chars. {} vs ", wanted)))
+    usage_error(fmt::format("{} is too small: the bytes and the characters of the training split take {}; take {} or more",
+                            given, *needed, *needed));
+  if (const auto most = number_after(complaint, "a value <= "))
+    usage_error(fmt::format("{} is too large: the training split has no more than {} pieces; take {} or less, or more text",
+                            given, *most, *most));
+  usage_error(fmt::format("{}: SentencePiece cannot learn from this training split: {}", given, first_line(complaint)));
+}
+
+std::string learned_model(std::string_view train, int64_t vocabulary) {
+  Sentences sentences(train);
+  std::string model;
+  const spm::util::Status status = spm::SentencePieceTrainer::Train(training_settings(vocabulary), &sentences, &model);
+  if (!status.ok()) refuse_vocabulary(vocabulary, status.error_message());
+  return model;
+}
+
+std::string cache_key(std::string_view train, int64_t vocabulary) {
+  HashStream hash;
+  for (const std::string& setting : {std::to_string(vocabulary), std::string(MOELAB_SENTENCEPIECE_VERSION),
+                                     fmt::format("bpe, {} bytes a sentence", kLongestSentence)}) {
+    hash.add(setting);
+    hash.add(std::string_view("\0", 1));
+  }
+  hash.add(train);
+  return hash.hex();
+}
+
+// Files are named "<key>-<hash of the content>.model": a damaged one does not fit its name, and is not used.
+std::optional<std::string> remembered_model(const std::string& folder, const std::string& key) {
+  std::error_code absent;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder, absent)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(key + "-")) continue;
+    std::string model = read_file(entry.path().string());
+    if (name == fmt::format("{}-{}.model", key, xxh3_hex(model))) return model;
+  }
+  return {};
+}
+
+// Several processes may do this at once: each renames a whole file of its own to the one name.
+void remember_model(const std::string& folder, const std::string& key, const std::string& model) {
+  make_folders(folder);
+  const ScratchFolder scratch(folder);
+  write_file(scratch.path() + "/model", model);
+  rename_path(scratch.path() + "/model", fmt::format("{}/{}-{}.model", folder, key, xxh3_hex(model)));
+  sync_folder(folder);
+}
+
+std::string bytes_of_piece(const spm::SentencePieceProcessor& library, int token) {
+  if (library.IsUnknown(token)) return {};
+  const std::string& piece = library.IdToPiece(token);
+  if (library.IsByte(token)) return {static_cast<char>(std::stoi(piece.substr(3, 2), nullptr, 16))};
+  std::string bytes;
+  for (size_t i = 0; i < piece.size();) {
+    const bool space = std::string_view(piece).substr(i).starts_with(kVisibleSpace);
+    bytes += space ? ' ' : piece[i];
+    i += space ? kVisibleSpace.size() : 1;
+  }
+  return bytes;
+}
+
+[[noreturn]] void refuse_model(const std::string& why) {
+  data_error("the SentencePiece model of an earlier run is damaged: " + why +
+             "; take the run's tokenizer.model from a copy of it");
+}
+
+}  // namespace
+
+SentencePieces SentencePieces::learned_from(std::string_view train, int64_t vocabulary) {
+  return SentencePieces(learned_model(train, vocabulary));
+}
+
+SentencePieces SentencePieces::cached(std::string_view train, int64_t vocabulary) {
+  const std::string folder = cache_folder() + "/tokenizers", key = cache_key(train, vocabulary);
+  if (const auto model = remembered_model(folder, key)) return SentencePieces(*model);
+  SentencePieces learned = learned_from(train, vocabulary);
+  try {
+    remember_model(folder, key, learned.model());
+  } catch (const Error& error) {
+    spdlog::warn("{}; the pieces will be learned again next time", error.what());
+  }
+  return learned;
+}
+
+SentencePieces::SentencePieces(std::string model) : model_(std::move(model)) {
+  const auto library = std::make_shared<spm::SentencePieceProcessor>();
+  const spm::util::Status status = library->LoadFromSerializedProto(model_);
+  if (!status.ok()) refuse_model(first_line(status.error_message()));
+  const int pieces = library->GetPieceSize();
+  if (pieces < kLeastPieces || pieces > kMostPieces) refuse_model(fmt::format("it has {} pieces", pieces));
+  for (int token = 0; token < pieces; ++token) bytes_V_.push_back(bytes_of_piece(*library, token));
+  for (int byte = 0; byte < 256; ++byte) {
+    const int token = library->PieceToId(fmt::format(fmt::runtime(kPieceBytes), byte));
+    if (!library->IsByte(token)) refuse_model(fmt::format("it has no piece for byte {}", byte));
+    token_of_byte_.push_back(static_cast<uint16_t>(token));
+  }
+  library_ = library;
+}
+
+// What the library would not give back as it was (bytes that are no UTF-8, the sign that stands for a space) goes byte by byte.
+void SentencePieces::append_word(std::string_view word, std::vector<uint16_t>& to) const {
+  std::vector<int> tokens;
+  std::string back;
+  if (!library_->Encode(word, &tokens).ok()) tokens.clear();
+  for (const int token : tokens) back += bytes_V_[static_cast<size_t>(token)];
+  if (back == word) to.insert(to.end(), tokens.begin(), tokens.end());
+  else for (const char byte : word) to.push_back(token_of_byte_[static_cast<uint8_t>(byte)]);
+}
+
+// No piece reaches over the space before a word, so words can be encoded one by one, and each different one once.
+void SentencePieces::append_document(std::string_view document, Known& known, std::vector<uint16_t>& to) const {
+  while (!document.empty()) {
+    std::string_view sentence = document.substr(0, sentence_end(document));
+    document.remove_prefix(sentence.size());
+    while (!sentence.empty()) {
+      const std::string_view word = sentence.substr(0, sentence.find(' ', 1));
+      sentence.remove_prefix(word.size());
+      const auto [entry, fresh] = known.try_emplace(word);
+      if (fresh) append_word(word, entry->second);
+      to.insert(to.end(), entry->second.begin(), entry->second.end());
+      if (known.size() > kRememberedWords) known.clear();
+    }
+  }
+}
+
+std::vector<uint16_t> SentencePieces::encode(std::string_view text, std::vector<int64_t>& ends) const {
+  Known known;
+  std::vector<uint16_t> tokens;
+  int64_t begin = 0;
+  for (int64_t& end : ends) {
+    append_document(text.substr(begin, end - begin), known, tokens);
+    begin = std::exchange(end, std::ssize(tokens));
+  }
+  return tokens;
+}
+
+std::vector<uint16_t> SentencePieces::encode(std::string_view text) const {
+  std::vector<int64_t> ends{std::ssize(text)};
+  return encode(text, ends);
+}
+
+}  // namespace moelab
