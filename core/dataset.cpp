@@ -15,13 +15,17 @@ const std::vector<uint8_t> kNoBytes;
 }  // namespace
 
 Dataset::~Dataset() = default;
+double Dataset::bytes_per_token() const {
+  return shape().kind == DataKind::kTokens ? 1 : std::numeric_limits<double>::quiet_NaN();
+}
 double Dataset::known_entropy_bits() const { return std::numeric_limits<double>::quiet_NaN(); }
 const std::vector<uint8_t>& Dataset::train_bytes() const { return kNoBytes; }
 const std::vector<uint8_t>& Dataset::validation_bytes() const { return kNoBytes; }
 
 std::shared_ptr<const Dataset> make_dataset(const std::string& name, const DatasetSpec& spec) {
   const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);
-  if (spec.context < 1) usage_error("a context of " + std::to_string(spec.context) + " tokens is too short; take 1 or more");
+  if (spec.context < 1 && entry.holds == DataKind::kTokens)
+    usage_error("a context of " + std::to_string(spec.context) + " tokens is too short; take 1 or more");
   return entry.make(spec);
 }
 

@@ -70,14 +70,14 @@ class ByteDataset : public Dataset {
  public:
   ByteDataset(ByteSplit split, int64_t context) : split_(std::move(split)), context_(context) {}
 
-  int64_t vocabulary() const override { return kByteVocabulary; }
+  DataShape shape() const override { return {.kind = DataKind::kTokens, .classes = kByteVocabulary}; }
   const std::vector<uint8_t>& train_bytes() const override { return split_.train; }
   const std::vector<uint8_t>& validation_bytes() const override { return split_.validation; }
 
-  TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
+  Batch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= batch, "a slice of a training batch lies outside it");
     const RandomKey key = random_key(seed, "data").with("step", step);
-    TokenBatch out = empty_batch(first, count);
+    Batch out = empty_batch(first, count);
     for (int64_t b = 0; b < count; ++b) {
       const int64_t starts = static_cast<int64_t>(split_.train.size()) - context_;
       const uint8_t* window = split_.train.data() + uniform_integer(key, first + b, starts);
@@ -91,9 +91,9 @@ class ByteDataset : public Dataset {
     return (static_cast<int64_t>(split_.validation.size()) + context_ - 1) / context_;
   }
 
-  TokenBatch eval_batch(int64_t first, int64_t count) const override {
+  Batch eval_batch(int64_t first, int64_t count) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= eval_sequences(), "a validation slice lies outside the split");
-    TokenBatch out = empty_batch(first, count);
+    Batch out = empty_batch(first, count);
     for (int64_t b = 0; b < count; ++b) {
       fill_eval_window((first + b) * context_, row(out.tokens_BL, b), row(out.targets_BL, b));
     }
@@ -108,7 +108,7 @@ class ByteDataset : public Dataset {
   }
 
  private:
-  TokenBatch empty_batch(int64_t first, int64_t count) const {
+  Batch empty_batch(int64_t first, int64_t count) const {
     return {.tokens_BL = at::zeros({count, context_}, at::kLong),
             .targets_BL = at::full({count, context_}, -1, at::kLong),
             .sequence_B = at::arange(first, first + count, at::kLong),

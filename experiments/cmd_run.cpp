@@ -66,7 +66,7 @@ void record_failure(RunFolder& folder, RecordWriter& records, const Experiment& 
 // Trains from where `checkpoint` left off (null: from the start), and reports.
 void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoint, const RunArguments& arguments) {
   RecordWriter records(folder);
-  StatusLine status;
+  StatusLine status(experiment.data->shape().kind);
   std::vector<Observer*> observers{&records};
   if (!arguments.quiet) observers.push_back(&status);
   Trainer trainer(experiment.train, experiment.model, experiment.data, single_comm(), folder.checkpoints(), observers);

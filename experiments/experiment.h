@@ -24,9 +24,6 @@ struct Experiment {
 // Reads everything and refuses what does not fit, before anything is created on disk.
 Experiment load_experiment(const Table& root);
 
-// Tokens of a sequence, as `[model] context` says.
-int64_t model_context(const Table& root);
-
 // The parameters that the process sets for its own run: threads, memory kept, denormals.
 void prepare_process(const TrainSettings& settings);
 
