@@ -68,7 +68,7 @@ TEST_CASE("paired passes of thor agree about a class as they do about a token") 
   CHECK(std::isfinite(metrics.at("loss")));
 }
 
-std::string refusal(const std::string& model, const std::string& router, const std::vector<std::string>& set) {
+std::string classifier_refusal(const std::string& model, const std::string& router, const std::vector<std::string>& set) {
   try {
     tiny_classifier(model, router, set);
     return "";
@@ -79,10 +79,10 @@ std::string refusal(const std::string& model, const std::string& router, const s
 }
 
 TEST_CASE("routers that need what images and vectors do not have are refused at their name") {
-  CHECK(refusal("patches", "hash", {}).find("tiny.toml:12:1: router 'hash' needs token ids") == 0);
-  CHECK(refusal("patches", "hash", {"moe.router.vocabulary=9"}) == "tiny.toml:12:1: router 'hash' needs token ids, which images do not have");
-  CHECK(refusal("mlp", "stablemoe", {"moe.router.vocabulary=9"}) == "tiny.toml:11:1: router 'stablemoe' needs token ids, which vectors do not have");
-  CHECK(refusal("patches", "domain", {}).find("tiny.toml:12:1: router 'domain' needs domain labels, which these data do not have") == 0);
+  CHECK(classifier_refusal("patches", "hash", {}).find("tiny.toml:12:1: router 'hash' needs token ids") == 0);
+  CHECK(classifier_refusal("patches", "hash", {"moe.router.vocabulary=9"}) == "tiny.toml:12:1: router 'hash' needs token ids, which images do not have");
+  CHECK(classifier_refusal("mlp", "stablemoe", {"moe.router.vocabulary=9"}) == "tiny.toml:11:1: router 'stablemoe' needs token ids, which vectors do not have");
+  CHECK(classifier_refusal("patches", "domain", {}).find("tiny.toml:12:1: router 'domain' needs domain labels, which these data do not have") == 0);
 }
 
 }  // namespace
