@@ -17,6 +17,9 @@ const std::vector<uint8_t> kNoBytes;
 }  // namespace
 
 Dataset::~Dataset() = default;
+double Dataset::bytes_per_token() const {
+  return shape().kind == DataKind::kTokens ? 1 : std::numeric_limits<double>::quiet_NaN();
+}
 double Dataset::known_entropy_bits() const { return std::numeric_limits<double>::quiet_NaN(); }
 double Dataset::bytes_of(const Tensor& targets_BL) const { return static_cast<double>(targets_BL.ge(0).sum().item<int64_t>()); }
 std::string Dataset::text_of(const std::vector<int64_t>&) const { return {}; }
@@ -29,7 +32,8 @@ std::string Dataset::fingerprint() const { return {}; }
 
 std::shared_ptr<const Dataset> make_dataset(const std::string& name, const DatasetSpec& spec) {
   const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);
-  if (spec.context < 1) usage_error("a context of " + std::to_string(spec.context) + " tokens is too short; take 1 or more");
+  if (spec.context < 1 && entry.holds == DataKind::kTokens)
+    usage_error("a context of " + std::to_string(spec.context) + " tokens is too short; take 1 or more");
   return entry.make(spec);
 }
 

@@ -1,10 +1,11 @@
-// The data set interface: sequences of tokens with next-token targets. What a training sequence holds is a pure function of
-// (seed, step, index), so resume replays nothing, and micro-batches and ranks take slices of one step's batch.
+// The data set interface: sequences of tokens with next-token targets, or images or vectors with a class each. What a training
+// sample holds is a pure function of (seed, step, index), so resume replays nothing, and micro-batches and ranks take slices of
+// one step's batch.
 #pragma once
 
+#include "core/batch.h"
 #include "core/params.h"
 #include "core/registry.h"
-#include "core/tensor.h"
 
 #include <cstdint>
 #include <functional>
@@ -15,42 +16,35 @@
 
 namespace moelab {
 
-// B sequences of L tokens each, all int64 on the CPU.
-struct TokenBatch {
-  Tensor tokens_BL;
-  Tensor targets_BL;  // the token to predict at each place; -1 = none (padding)
-  Tensor sequence_B;  // unique within a training step, or within the validation split: keys the random draws
-  Tensor domain_B;    // label of each sequence; undefined where the data set has no labels
-  Tensor domain_BL;   // label of each token instead, where a sequence holds several documents
-  Tensor document_BL; // which document each token is of, where whole documents are put end to end; rising or not
-};
-
 class Dataset {
  public:
   virtual ~Dataset();
 
-  virtual int64_t vocabulary() const = 0;
-  virtual int64_t domains() const { return 0; }  // number of labels in domain_B and domain_BL
+  virtual DataShape shape() const = 0;
+  int64_t vocabulary() const { return shape().vocabulary(); }
+  virtual int64_t domains() const { return 0; }        // number of labels in domain_B and domain_BL
+  virtual int64_t train_samples() const { return 0; }  // of a training split of whole samples; 0 = windows, or drawn without end
 
-  // Sequences [first, first + count) of the `batch` sequences of that step.
-  virtual TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const = 0;
+  // Samples [first, first + count) of the `batch` samples of that step.
+  virtual Batch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const = 0;
 
-  // Sequences [first, first + count) of the validation split, in order. Together they predict each token of it once.
+  // Samples [first, first + count) of the validation split, in order. Together they predict each token, or class, of it once.
   virtual int64_t eval_sequences() const = 0;
-  virtual TokenBatch eval_batch(int64_t first, int64_t count) const = 0;
+  virtual Batch eval_batch(int64_t first, int64_t count) const = 0;
 
   // Bytes of text that these targets stand for, entries of -1 left out: they turn bits per token into bits per byte. One for
-  // each where the data are no text; NaN where nobody knows.
+  // each generated token; NaN where nobody knows, and for images and vectors.
   virtual double bytes_of(const Tensor& targets_BL) const;
   virtual bool is_text() const { return false; }  // bits per byte say something
 
   // The text that tokens stand for; "" where they stand for none.
   virtual std::string text_of(const std::vector<int64_t>& tokens) const;
 
-  // int64 [V]: how often each token occurs in the training split. A generator gives what it expects of 2^20 tokens.
-  virtual Tensor token_counts_V() const = 0;
+  // int64 [V]: how often each token occurs in the training split. A generator gives what it expects of 2^20 tokens. Undefined
+  // where the samples are no tokens.
+  virtual Tensor token_counts_V() const { return {}; }
 
-  // Bits per token of a predictor that knows the source; NaN where nobody knows.
+  // Bits per target of a predictor that knows the source; NaN where nobody knows.
   virtual double known_entropy_bits() const;
 
   // The raw splits, for baselines; both empty where the tokens are not of a text at hand.
@@ -70,7 +64,7 @@ class Dataset {
 
 // What a factory gets; the options are checked already.
 struct DatasetSpec {
-  int64_t context = 0;  // L: tokens of a sequence
+  int64_t context = 0;  // L: tokens of a sequence; images and vectors do not ask
   Options options;
   std::string tokenizer = {};  // Dataset::tokenizer() of an earlier run; "" = learn anew
 };
@@ -80,6 +74,7 @@ struct DatasetEntry {
   std::string title;
   std::string citation;  // where the data come from
   std::string doc;       // how it is split and what a token is
+  DataKind holds = DataKind::kTokens;
   OptionSpecs options = {};
   std::function<std::shared_ptr<const Dataset>(const DatasetSpec&)> make;
   // Fetches what `make` needs, and checks that it is there undamaged. Both answer with one line for a person and throw
@@ -91,7 +86,7 @@ struct DatasetEntry {
 
 extern template class Registry<DatasetEntry>;
 
-// Finds the data set and makes it. A context below 1 is Error(kUsage).
+// Finds the data set and makes it. A context below 1 is Error(kUsage) where there are tokens.
 std::shared_ptr<const Dataset> make_dataset(const std::string& name, const DatasetSpec& spec);
 
 }  // namespace moelab

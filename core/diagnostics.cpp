@@ -1,6 +1,7 @@
 #include "core/diagnostics.h"
 
 #include "core/error.h"
+#include "core/execute.h"
 #include "core/losses/parts.h"
 
 #include <ATen/core/grad_mode.h>
@@ -30,7 +31,8 @@ void record_assignment(RoutingRecord& record, const Assignment& assignment) {
   record.dropped = assignment.dropped_TK.sum().item<int64_t>();
 }
 
-void add_counts(std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+template <class Number>
+void add_counts(std::vector<Number>& to, const std::vector<Number>& from) {
   if (to.empty()) to.resize(from.size());
   check_invariant(from.empty() || to.size() == from.size(), "records of different numbers of experts are added");
   for (size_t e = 0; e < from.size(); ++e) to[e] += from[e];
@@ -51,8 +53,9 @@ int64_t places_of_active(int64_t places, const Tensor& active_E) {
 }
 
 // The counts of the experts that were there.
-std::vector<int64_t> active_only(const std::vector<int64_t>& counts_E, const RoutingRecord& record) {
-  std::vector<int64_t> counts;
+template <class Number>
+std::vector<Number> active_only(const std::vector<Number>& counts_E, const RoutingRecord& record) {
+  std::vector<Number> counts;
   for (size_t e = 0; e < counts_E.size(); ++e)
     if (record.active_E[e] > 0) counts.push_back(counts_E[e]);
   return counts;
@@ -78,9 +81,10 @@ double normalised(double entropy, int64_t experts) {
 
 double pairs_in(const std::vector<int64_t>& counts_E) { return std::accumulate(counts_E.begin(), counts_E.end(), int64_t{0}); }
 
-double load_entropy_nats(const std::vector<int64_t>& counts_E, double total) {
+template <class Number>
+double load_entropy_nats(const std::vector<Number>& counts_E, double total) {
   double entropy = 0;
-  for (const int64_t count : counts_E)
+  for (const Number count : counts_E)
     if (count > 0) entropy -= count / total * std::log(count / total);
   return entropy;
 }
@@ -115,6 +119,13 @@ void add_sparse_metrics(std::map<std::string, double>& metrics, const RoutingRec
   metrics["capacity_used"] = ratio(pairs_in(record.accepted_E), record.places);
 }
 
+void add_mixture_metrics(std::map<std::string, double>& metrics, const std::vector<double>& weight_A) {
+  const double total = std::accumulate(weight_A.begin(), weight_A.end(), 0.0);
+  if (total == 0) return;
+  metrics["weight_max_over_mean"] = *std::max_element(weight_A.begin(), weight_A.end()) * weight_A.size() / total;
+  metrics["weight_effective_experts"] = std::exp(load_entropy_nats(weight_A, total));
+}
+
 }  // namespace
 
 int64_t RoutingRecord::active_experts() const {
@@ -126,6 +137,7 @@ void RoutingRecord::add(const RoutingRecord& other) {
   add_counts(active_E, other.active_E);
   add_counts(chosen_E, other.chosen_E);
   add_counts(accepted_E, other.accepted_E);
+  add_counts(weight_E, other.weight_E);
   rows += other.rows;
   left_behind += other.left_behind;
   dropped += other.dropped;
@@ -141,6 +153,7 @@ void RoutingRecord::all_reduce(Comm& comm) {
   comm.all_reduce(at::from_blob(packed.data(), {static_cast<int64_t>(packed.size())}, at::kLong));
   for (size_t i = 0; i < fields.size(); ++i) *fields[i] = packed[i];
   comm.all_reduce(at::from_blob(&entropy_sum, {1}, at::kDouble));
+  if (!weight_E.empty()) comm.all_reduce(at::from_blob(weight_E.data(), {static_cast<int64_t>(weight_E.size())}, at::kDouble));
 }
 
 RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts, const Tensor& active_E) {
@@ -151,6 +164,8 @@ RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t ex
   record.active_E = rows_while_active(active_E, experts, in.rows());
   record.places = places_of_active(out.places, active_E);
   if (out.assignment.defined()) record_assignment(record, out.assignment);
+  if (const Tensor weight_E = expert_weights_E(out.plan); weight_E.defined())
+    record.weight_E.assign(weight_E.const_data_ptr<double>(), weight_E.const_data_ptr<double>() + weight_E.numel());
   if (!out.scores.loss_TE.defined()) return record;
   record.entropy_sum = entropy_of_rows(out.scores.loss_TE.to(at::kDouble)).sum().item<double>();
   record.entropy_rows = out.scores.loss_TE.size(0);
@@ -161,13 +176,14 @@ std::map<std::string, double> metrics_of(const RoutingRecord& record) {
   std::map<std::string, double> metrics;
   for (const MetricDoc& doc : metric_docs()) metrics[doc.name] = kUnknown;
   if (!record.chosen_E.empty()) add_sparse_metrics(metrics, record);
+  if (!record.weight_E.empty()) add_mixture_metrics(metrics, active_only(record.weight_E, record));
   if (record.entropy_rows > 0)
     metrics["router_entropy"] = normalised(record.entropy_sum / record.entropy_rows, record.active_experts());
   return metrics;
 }
 
-// c_e pairs that chose e before the capacity, a_e accepted ones, C_e places, f_e = c_e / Σc, T rows, E the experts that were
-// active at some time in the window.
+// c_e pairs that chose e before the capacity, a_e accepted ones, C_e places, f_e = c_e / Σc, T rows, w_e the share of e in the
+// rows' outputs, E the experts that were active at some time in the window.
 const std::vector<MetricDoc>& metric_docs() {
   static const std::vector<MetricDoc> docs = {
       {"load_cv2", "Var(c)/mean(c)²", "0 … E/k-1", "imbalance; uniform random routing gives (E-k)/(kT), never 0 [B1]"},
@@ -181,6 +197,9 @@ const std::vector<MetricDoc>& metric_docs() {
       {"dropped", "(Σc - Σa)/Σc", "0 … 1", "share of pairs that did not fit [B14]"},
       {"left_behind", "#{t without accepted expert}/T", "0 … 1", "share of rows that the layer passes by [B15]"},
       {"capacity_used", "Σa/ΣC", "0 … 1", "share of places filled; not a number without a capacity [B16]"},
+      {"weight_max_over_mean", "max w/mean w", "1 … E", "of plans that mix all experts: the heaviest expert against an even share"},
+      {"weight_effective_experts", "exp(-Σ w ln w)", "1 … E",
+       "of plans that mix all experts: how many equally heavy experts would be as uneven [R16]"},
       {"router_entropy", "mean_t H(p_t)/ln E", "0 … 1", "1: undecided, 0: certain; without noise; 1 for E = 1 [R3]"},
   };
   return docs;

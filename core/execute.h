@@ -48,4 +48,8 @@ struct SoftMatrices {
 };
 SoftMatrices soft_matrices(const SoftPlan& plan, int64_t sequence);
 
+// Σ over the rows of the share that each expert has in a row's output, float64 [E] on the CPU: of plans that mix all experts.
+// Undefined for sparse plans.
+Tensor expert_weights_E(const Plan& plan);
+
 }  // namespace moelab

@@ -2,8 +2,10 @@
 #include "core/error.h"
 #include "core/execute.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argsort.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/eye.h>
@@ -122,7 +124,33 @@ Tensor with_all_slots(const SoftPlan& plan, const Tensor& weights_MS) {
   return missing == 0 ? weights_MS : at::constant_pad_nd(weights_MS, {0, missing});
 }
 
+// C summed over all rows, a block of them at a time. Even and paired weights give every slot the same.
+Tensor soft_expert_weights_E(const SoftPlan& plan) {
+  constexpr int64_t block = 1024;
+  const int64_t rows = plan.query_TD.size(0), slots = plan.key_SD.size(0);
+  const auto options = plan.query_TD.options().dtype(at::kDouble);
+  Tensor weight_S = at::full({slots}, static_cast<double>(rows) / static_cast<double>(slots), options);
+  if (plan.combine == SlotWeights::kSoft) weight_S.zero_();
+  for (int64_t first = 0; plan.combine == SlotWeights::kSoft && first < rows; first += block) {
+    const Tensor row_M = at::arange(first, std::min(rows, first + block), options.dtype(at::kLong));
+    weight_S.add_(soft_weights(plan.combine, soft_logits(plan, row_M), 1).sum(0, false, at::kDouble));
+  }
+  return with_all_slots(plan, weight_S.unsqueeze(0)).view({plan.experts, plan.slots_per_expert}).sum(1).cpu();
+}
+
+Tensor merge_expert_weights_E(const MergePlan& plan) {
+  const Tensor rows_G = at::bincount(plan.group_of_token_T, {}, plan.alpha_GE.size(0)).to(at::kDouble);
+  return plan.alpha_GE.to(at::kDouble).cpu().mul(rows_G.cpu().unsqueeze(1)).sum(0);
+}
+
 }  // namespace
+
+Tensor expert_weights_E(const Plan& plan) {
+  const at::NoGradGuard no_grad;
+  if (const auto* soft = std::get_if<SoftPlan>(&plan)) return soft_expert_weights_E(*soft);
+  const auto* merge = std::get_if<MergePlan>(&plan);
+  return merge ? merge_expert_weights_E(*merge) : Tensor();
+}
 
 SoftMatrices soft_matrices(const SoftPlan& plan, int64_t sequence) {
   const Tensor row_M = indices_of(plan.sequence_T.eq(sequence)).to(plan.query_TD.device());

@@ -1,6 +1,7 @@
 #include "datasets/cache.h"
 
 #include "core/error.h"
+#include "core/io/files.h"
 #include "datasets/process.h"
 
 #include <cerrno>
@@ -44,6 +45,13 @@ std::string damage_of(const CachedFile& file, const std::string& path) {
   }
   const std::string sha256 = sha256_of(path);
   return sha256 == file.sha256 ? "" : "its SHA-256 is " + sha256 + " instead of " + file.sha256;
+}
+
+void keep_in_cache(const CachedFile& file, const std::string& fresh) {
+  const std::string damage = damage_of(file, fresh);
+  if (!damage.empty()) data_error(file.name + ": its source is another one than is known here: " + damage);
+  rename_path(fresh, file.path());
+  sync_parent_of(file.path());
 }
 
 ScratchFolder::ScratchFolder(const std::string& parent) : path_(parent + "/.scratch-XXXXXX") {

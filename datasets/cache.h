@@ -20,6 +20,9 @@ struct CachedFile {
 // What is wrong with `path` as a copy of `file`; "" when it is the very file.
 std::string damage_of(const CachedFile& file, const std::string& path);
 
+// Moves the new file `fresh`, of the same file system, to its place in the cache. Error(kData) when it is another file.
+void keep_in_cache(const CachedFile& file, const std::string& fresh);
+
 // A new folder below `parent`, removed with everything in it at the end of its scope.
 class ScratchFolder {
  public:

@@ -9,6 +9,7 @@
 #include "core/io/files.h"
 #include "datasets/byte_text.h"
 #include "datasets/cache.h"
+#include "datasets/debian.h"
 #include "datasets/process.h"
 
 #include <algorithm>
@@ -35,23 +36,10 @@ bool readline_installed() {
   return library != nullptr;
 }
 
-void fetch_kjv_packages(const std::string& folder) {
-  std::vector<std::string> command{"apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", "bible-kjv", "bible-kjv-text"};
-  if (!readline_installed()) command.push_back("libreadline8");
-  const ProcessResult result = run_process(command, folder);
-  if (result.status == 127) data_error("data set 'kjv' comes from Debian packages, which needs apt-get: " + last_words(result));
-  if (result.status != 0) {
-    data_error("cannot download bible-kjv and bible-kjv-text (" + last_words(result) +
-               "); run `apt-get update` as root, see that the network is there, and try again");
-  }
-}
-
-void unpack_kjv_packages(const std::string& folder) {
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (entry.path().extension() != ".deb") continue;
-    const ProcessResult result = run_process({"dpkg-deb", "-x", entry.path().string(), folder});
-    if (result.status != 0) data_error("dpkg-deb cannot unpack " + entry.path().string() + ": " + last_words(result));
-  }
+std::vector<std::string> kjv_packages() {
+  std::vector<std::string> packages{"bible-kjv", "bible-kjv-text"};
+  if (!readline_installed()) packages.push_back("libreadline8");
+  return packages;
 }
 
 // Libraries of an unpacked package lie in one folder per machine architecture, as in lib/x86_64-linux-gnu.
@@ -79,8 +67,7 @@ std::string print_kjv(const std::string& root) {
 
 std::string kjv_text(const std::string& scratch) {
   if (kjv_installed()) return print_kjv("");
-  fetch_kjv_packages(scratch);
-  unpack_kjv_packages(scratch);
+  unpack_debian_packages("kjv", kjv_packages(), scratch);
   return print_kjv(scratch);
 }
 
@@ -92,10 +79,7 @@ std::string prepare_kjv() {
   const ScratchFolder scratch(folder);
   const std::string fresh = scratch.path() + "/kjv.txt";
   write_file(fresh, kjv_text(scratch.path()));
-  const std::string damage = damage_of(file, fresh);
-  if (!damage.empty()) data_error("kjv: the packages hold another text: " + damage);
-  rename_path(fresh, file.path());
-  sync_folder(folder);
+  keep_in_cache(file, fresh);
   return "kjv: prepared, verified: " + file.path();
 }
 

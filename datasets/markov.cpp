@@ -17,6 +17,7 @@
 #include "core/error.h"
 #include "datasets/composer.h"
 #include "datasets/dirichlet.h"
+#include "datasets/discrete.h"
 #include "datasets/markov_chain.h"
 
 #include <ATen/ops/arange.h>
@@ -32,14 +33,6 @@ namespace {
 
 constexpr double kMaxTableEntries = 1 << 22;  // S · V^(m+1) doubles: 32 MiB
 constexpr double kExpectedTokens = 1 << 20;   // of token_counts_V
-
-std::vector<double> zipf_prior(int64_t sources, double exponent) {
-  std::vector<double> prior(sources);
-  double total = 0;
-  for (int64_t s = 0; s < sources; ++s) total += prior[s] = std::pow(static_cast<double>(s + 1), -exponent);
-  for (double& share : prior) share /= total;
-  return prior;
-}
 
 MarkovMixture draw_mixture(const Options& options) {
   MarkovMixture mixture{.sources = options.integer("sources"),
@@ -60,20 +53,6 @@ MarkovMixture draw_mixture(const Options& options) {
   return mixture;
 }
 
-// Running sums of each row of `count` weights, scaled so that each row ends at exactly 1.
-std::vector<double> running_sums(std::vector<double> weights, int64_t count) {
-  for (size_t begin = 0; begin < weights.size(); begin += count) {
-    for (int64_t i = 1; i < count; ++i) weights[begin + i] += weights[begin + i - 1];
-    const double total = weights[begin + count - 1];
-    for (int64_t i = 0; i < count; ++i) weights[begin + i] /= total;
-  }
-  return weights;
-}
-
-int64_t draw_from(const double* sums, int64_t count, double uniform) {
-  return std::upper_bound(sums, sums + count, uniform) - sums;
-}
-
 class MarkovDataset : public Dataset {
  public:
   MarkovDataset(MarkovMixture mixture, const DatasetSpec& spec)
@@ -88,18 +67,18 @@ class MarkovDataset : public Dataset {
         start_sums_(running_sums(stationary_, mixture_.contexts())),
         row_sums_(running_sums(mixture_.rows, mixture_.states)) {}
 
-  int64_t vocabulary() const override { return mixture_.states; }
+  DataShape shape() const override { return {.kind = DataKind::kTokens, .classes = mixture_.states}; }
   int64_t domains() const override { return mixture_.sources; }
   double known_entropy_bits() const override { return entropy_rate_bits(mixture_, stationary_); }
 
-  TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
+  Batch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= batch, "a slice of a training batch lies outside it");
     const RandomKey key = random_key(seed, "data").with("step", step);
     return packed_batch(key, first, count, similar_ ? similar_documents(key, batch * per_sequence()) : std::vector<int64_t>{});
   }
 
   int64_t eval_sequences() const override { return eval_documents_; }
-  TokenBatch eval_batch(int64_t first, int64_t count) const override {
+  Batch eval_batch(int64_t first, int64_t count) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= eval_documents_, "a validation slice lies outside the split");
     return packed_batch(eval_key_, first, count, {});
   }
@@ -138,8 +117,8 @@ class MarkovDataset : public Dataset {
   }
 
   // `order` says which documents follow each other through all sequences; empty = as they are drawn.
-  TokenBatch packed_batch(RandomKey key, int64_t first, int64_t count, const std::vector<int64_t>& order) const {
-    TokenBatch out;
+  Batch packed_batch(RandomKey key, int64_t first, int64_t count, const std::vector<int64_t>& order) const {
+    Batch out;
     out.tokens_BL = at::empty({count, context_}, at::kLong);
     out.targets_BL = at::empty({count, context_}, at::kLong);
     out.sequence_B = at::arange(first, first + count, at::kLong);

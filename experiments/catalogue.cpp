@@ -4,6 +4,7 @@
 #include "core/diagnostics.h"
 #include "core/expert.h"
 #include "core/loss.h"
+#include "core/model/model.h"
 #include "core/router.h"
 #include "trainers/objective.h"
 
@@ -64,7 +65,10 @@ Json facts_json(const LossEntry& entry) {
 }
 
 Json facts_json(const ObjectiveEntry& entry) { return {{"passes", make_objective(entry.name)->passes()}}; }
-Json facts_json(const DatasetEntry& entry) { return {{"needs_preparation", static_cast<bool>(entry.prepare)}}; }
+Json facts_json(const DatasetEntry& entry) {
+  return {{"holds", to_string(entry.holds)}, {"needs_preparation", static_cast<bool>(entry.prepare)}};
+}
+Json facts_json(const ModelEntry& entry) { return {{"reads", to_string(entry.reads)}, {"causal", entry.causal}}; }
 
 // Entries differ in what they have: a data set, for one, cites nothing.
 template <class Entry>
@@ -119,7 +123,8 @@ const std::vector<Kind>& catalogue() {
   static const std::vector<Kind> kinds = {
       {"routers", list_of<RouterEntry>, router_details},          {"experts", list_of<ExpertEntry>, expert_details},
       {"losses", list_of<LossEntry>, loss_details},               {"objectives", list_of<ObjectiveEntry>, objective_details},
-      {"datasets", list_of<DatasetEntry>, dataset_details},       {"metrics", list_of_metrics, metric_details},
+      {"datasets", list_of<DatasetEntry>, dataset_details},       {"models", list_of<ModelEntry>, model_details},
+      {"metrics", list_of_metrics, metric_details},
   };
   return kinds;
 }

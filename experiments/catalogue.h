@@ -40,6 +40,7 @@ Json expert_details(const std::string& name);
 Json loss_details(const std::string& name);
 Json objective_details(const std::string& name);
 Json dataset_details(const std::string& name);
+Json model_details(const std::string& name);
 Json metric_details(const std::string& name);
 
 }  // namespace moelab

@@ -1,7 +1,6 @@
 #include "experiments/check_report.h"
 
 #include "core/model/block.h"
-#include "core/model/settings.h"
 
 #include <ATen/ops/sum.h>
 
@@ -24,8 +23,8 @@ int64_t bytes_of(const std::vector<NamedTensor>& tensors) {
 int64_t micro_batch(const Experiment& e) { return e.train.batch / e.train.micro_batches; }
 
 // Rows of width D that a block keeps for its backward pass, by counting: two norms, queries, keys, values, attention in and
-// out, two residual sums, and what their backward kernels keep.
-constexpr double kRowsPerBlock = 12;
+// out, two residual sums, and what their backward kernels keep. Without attention a norm, a sum, and theirs.
+constexpr double kRowsPerBlock = 12, kRowsPerBlockWithoutAttention = 4;
 
 // Floats per token that an MoE site keeps: its k experts' inputs, outputs and hidden rows. An expert with P parameters has
 // about P/D hidden values per row, since each of its matrices has one side D.
@@ -34,16 +33,18 @@ double site_floats(const Site& site, double width) {
   return k * (2 * width + static_cast<double>(site.bank->parameters_per_expert(0)) / width);
 }
 
-// The logits, and their softmax in the loss.
+// Targets of a full sample: each of its tokens, or its class.
+int64_t targets_of_sample(const Experiment& e) { return e.data->vocabulary() > 0 ? e.model->context() : 1; }
+
 double activation_bytes(const Experiment& e) {
-  const Options model = e.root.child("model").options(model_options());
+  const Options model = model_options(e.root);
   const auto width = static_cast<double>(model.integer("width")), layers = static_cast<double>(model.integer("layers"));
-  double per_token = layers * kRowsPerBlock * width;
-  for (const Site* site : e.model->sites()) per_token += site_floats(*site, width);
-  if (e.train.recompute) per_token = per_token / layers + layers * width;  // one block at a time, and every block's input
-  per_token += 2 * static_cast<double>(e.data->vocabulary());
+  double per_row = layers * (model.declared("heads") ? kRowsPerBlock : kRowsPerBlockWithoutAttention) * width;
+  for (const Site* site : e.model->sites()) per_row += site_floats(*site, width);
+  if (e.train.recompute) per_row = per_row / layers + layers * width;  // one block at a time, and every block's input
   const double element = model.text("dtype") == "float64" ? 8 : 4;
-  return element * per_token * static_cast<double>(micro_batch(e) * e.model->context());
+  const auto logits = static_cast<double>(2 * targets_of_sample(e) * e.data->shape().classes);  // and their softmax in the loss
+  return element * (per_row * static_cast<double>(e.model->context()) + logits) * static_cast<double>(micro_batch(e));
 }
 
 Json memory_json(const Experiment& e) {
@@ -57,12 +58,21 @@ Json memory_json(const Experiment& e) {
           {"total_estimate", parameters + trained + optimizer + activations}};
 }
 
+int64_t train_tokens(const Dataset& data) {
+  const Tensor counts_V = data.token_counts_V();
+  return counts_V.defined() ? counts_V.sum().item<int64_t>() : 0;
+}
+
 Json data_json(const Experiment& e) {
-  const Table table = e.root.child("data");
   const Dataset& data = *e.data;
-  return {{"name", table.options({option("name", "bytes", "")}, table.keys()).text("name")},
+  const DataShape shape = data.shape();
+  return {{"name", dataset_entry(e.root).name},
+          {"holds", to_string(shape.kind)},
+          {"sample", shape.sample},
+          {"classes", shape.classes},
           {"vocabulary", data.vocabulary()},
-          {"train_tokens", data.token_counts_V().sum().item<int64_t>()},
+          {"train_samples", data.train_samples()},
+          {"train_tokens", train_tokens(data)},
           {"train_bytes", data.train_bytes().size()},
           {"validation_sequences", data.eval_sequences()},
           {"validation_bytes", data.validation_bytes().size()},
@@ -76,7 +86,7 @@ Json training_json(const Experiment& e) {
           {"batch", t.batch},
           {"micro_batches", t.micro_batches},
           {"context", e.model->context()},
-          {"tokens", t.steps * t.batch * e.model->context()},
+          {"tokens", t.steps * t.batch * targets_of_sample(e)},
           {"precision", t.bf16 ? "bf16" : "float32"},
           {"optimizer", t.optimizer.name},
           {"unused_experts", t.optimizer.skip_unused_experts ? "skip" : "zero_grad"}};
@@ -147,6 +157,7 @@ Json check_report(const Experiment& e) {
   for (const Site* site : e.model->sites()) layers.push_back(layer_json(e, *site));
   return {{"name", e.name},
           {"config_id", e.config_id},
+          {"model", {{"name", model_entry(e.root).name}, {"causal", model_entry(e.root).causal}}},
           {"parameters", {{"total", e.model->parameter_count()}, {"active", e.model->active_parameters()}}},
           {"flops_per_token", e.model->flops_per_token()},
           {"memory_bytes", memory_json(e)},

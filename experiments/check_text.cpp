@@ -18,29 +18,51 @@ std::string memory_text(const Json& memory) {
                      mib(memory.at("total_estimate")));
 }
 
+DataKind kind_of(const Json& data) {
+  for (const DataKind kind : {DataKind::kImages, DataKind::kVectors})
+    if (data.at("holds") == to_string(kind)) return kind;
+  return DataKind::kTokens;
+}
+
+// "60000 training images, 10000 validation images, 10 classes"; drawn without end where there is no number.
+std::string samples_text(const Json& data) {
+  const std::string words = data.at("holds"), count = data.at("train_samples") == 0 ? "endless" : data.at("train_samples").dump();
+  return fmt::format("{} training {}, {} validation {}, {} classes", count, words, data.at("validation_sequences").dump(), words,
+                     data.at("classes").dump());
+}
+
+std::string tokens_text(const Json& data) {
+  return fmt::format("{} training tokens, {} validation sequences, vocabulary {}", data.at("train_tokens").dump(),
+                     data.at("validation_sequences").dump(), data.at("vocabulary").dump());
+}
+
 std::string data_text(const Json& data) {
-  std::string text = fmt::format("{}: {} training tokens, {} validation sequences, vocabulary {}", data.at("name").get<std::string>(),
-                                 data.at("train_tokens").dump(), data.at("validation_sequences").dump(), data.at("vocabulary").dump());
+  const DataKind kind = kind_of(data);
+  std::string text = fmt::format("{}: {}", data.at("name").get<std::string>(), kind == DataKind::kTokens ? tokens_text(data) : samples_text(data));
   if (data.at("train_bytes") != 0)
     text += fmt::format("; {} and {} bytes", data.at("train_bytes").dump(), data.at("validation_bytes").dump());
-  if (!data.at("entropy_bits").is_null()) text += fmt::format("; known entropy {} bits per token", number_text(data.at("entropy_bits")));
+  if (!data.at("entropy_bits").is_null())
+    text += fmt::format("; known entropy {} bits per {}", number_text(data.at("entropy_bits")), target_word(kind));
   return text;
 }
 
-std::string training_text(const Json& t) {
-  return fmt::format("{} steps of {} sequences of {} tokens in {} micro-batches, {} tokens in all, {}", t.at("steps").dump(),
-                     t.at("batch").dump(), t.at("context").dump(), t.at("micro_batches").dump(), t.at("tokens").dump(),
-                     t.at("precision").get<std::string>());
+std::string training_text(const Json& t, DataKind kind) {
+  const std::string rows = kind == DataKind::kVectors ? "" : fmt::format(" of {} {}", t.at("context").dump(), kind == DataKind::kImages ? "rows" : "tokens");
+  const std::string all = kind == DataKind::kTokens ? "tokens" : to_string(kind);
+  return fmt::format("{} steps of {} {}s{} in {} micro-batches, {} {} in all, {}", t.at("steps").dump(), t.at("batch").dump(),
+                     sample_word(kind), rows, t.at("micro_batches").dump(), t.at("tokens").dump(), all, t.at("precision").get<std::string>());
 }
 
-std::string capacity_text(const Json& mode) {
+std::string capacity_text(const Json& mode, DataKind kind) {
   if (mode.at("capacity_of_a_sequence").is_null()) return "no capacity limit";
-  return fmt::format("{} places per expert for one sequence, {} for a micro-batch", mode.at("capacity_of_a_sequence").dump(),
-                     mode.at("capacity_of_a_micro_batch").dump());
+  return fmt::format("{} places per expert for one {}, {} for a micro-batch", mode.at("capacity_of_a_sequence").dump(),
+                     sample_word(kind), mode.at("capacity_of_a_micro_batch").dump());
 }
 
-std::string mode_text(const Json& mode) {
-  return fmt::format("{}; {}: {}", capacity_text(mode), mode.at("causal").get<bool>() ? "causal" : "LOOKS AHEAD",
+// A model that is not causal may use a router that looks ahead, so nothing is said of it.
+std::string mode_text(const Json& mode, const Json& model, DataKind kind) {
+  if (!model.at("causal").get<bool>()) return capacity_text(mode, kind);
+  return fmt::format("{}; {}: {}", capacity_text(mode, kind), mode.at("causal").get<bool>() ? "causal" : "LOOKS AHEAD",
                      mode.at("reason").get<std::string>());
 }
 
@@ -50,14 +72,14 @@ std::string loss_text(const Json& loss) {
                      number_text(loss.at("at_collapse")));
 }
 
-std::string layer_text(const Json& layer) {
+std::string layer_text(const Json& layer, const Json& model, DataKind kind) {
   const Json& k = layer.at("k");
   const Json& most = layer.at("max_experts");
   const std::string room = most == layer.at("experts") ? "" : fmt::format(" (room for {})", most.dump());
   std::string text = fmt::format("\n{}: {}, {} {} experts{}, k = {}\n", layer.at("site").get<std::string>(),
                                  layer.at("router").get<std::string>(), layer.at("experts").dump(),
                                  layer.at("expert").get<std::string>(), room, k.is_null() ? "varies" : k.dump());
-  TextRows rows{{"training", mode_text(layer.at("train"))}, {"evaluation", mode_text(layer.at("eval"))}};
+  TextRows rows{{"training", mode_text(layer.at("train"), model, kind)}, {"evaluation", mode_text(layer.at("eval"), model, kind)}};
   for (const Json& loss : layer.at("losses")) rows.push_back({"loss", loss_text(loss)});
   if (layer.at("losses").empty()) rows.push_back({"loss", "none"});
   return text + aligned_text(rows, 2);
@@ -67,12 +89,14 @@ std::string layer_text(const Json& layer) {
 
 std::string check_text(const Json& report) {
   const Json &parameters = report.at("parameters"), &rate = report.at("learning_rate"), &training = report.at("training");
+  const DataKind kind = kind_of(report.at("data"));
   std::string text = fmt::format("{} ({})\n", report.at("name").get<std::string>(), report.at("config_id").get<std::string>());
-  text += aligned_text({{"parameters", fmt::format("{} total, {} active per token", parameters.at("total").dump(), parameters.at("active").dump())},
-                        {"FLOPs", fmt::format("{:.4g} per token, forward", report.at("flops_per_token").get<double>())},
+  text += aligned_text({{"model", report.at("model").at("name")},
+                        {"parameters", fmt::format("{} total, {} active per {}", parameters.at("total").dump(), parameters.at("active").dump(), row_word(kind))},
+                        {"FLOPs", fmt::format("{:.4g} per {}, forward", report.at("flops_per_token").get<double>(), row_word(kind))},
                         {"memory", memory_text(report.at("memory_bytes"))},
                         {"data", data_text(report.at("data"))},
-                        {"training", training_text(training)},
+                        {"training", training_text(training, kind)},
                         {"optimiser", fmt::format("{}; learning rate {} at the first step, peak {}, {} at the last",
                                                   training.at("optimizer").get<std::string>(), number_text(rate.at("first")),
                                                   number_text(rate.at("peak")), number_text(rate.at("last")))},
@@ -80,7 +104,7 @@ std::string check_text(const Json& report) {
                                                ? "skipped by the optimiser"
                                                : "get a zero gradient: moments and weight decay go on"}},
                        2);
-  for (const Json& layer : report.at("layers")) text += layer_text(layer);
+  for (const Json& layer : report.at("layers")) text += layer_text(layer, report.at("model"), kind);
   if (report.at("layers").empty()) text += "\nno layer routes\n";
   for (const Json& site : report.at("sees_future")) text += "\nthe training loss sees the future: " + site.get<std::string>() + "\n";
   return text + "\nnothing is refused\n";

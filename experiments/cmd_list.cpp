@@ -111,7 +111,7 @@ void run_describe(const ListArguments& arguments) {
 
 CLI::App* add_kind_verb(CLI::App& app, const char* name, const char* what, ListArguments& arguments) {
   CLI::App* verb = app.add_subcommand(name, what);
-  verb->add_option("KIND", arguments.kind, "routers, experts, losses, objectives, datasets or metrics");
+  verb->add_option("KIND", arguments.kind, "routers, experts, losses, objectives, datasets, models or metrics");
   verb->add_option("--plugin", arguments.plugins, "a shared library with plugins of your own, loaded first");
   verb->add_flag("--json", arguments.json, "print one JSON document");
   return verb;

@@ -67,7 +67,7 @@ void record_failure(RunFolder& folder, RecordWriter& records, const Experiment& 
 void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoint, const RunArguments& arguments) {
   folder.keep_tokenizer(experiment.data->tokenizer());
   RecordWriter records(folder);
-  StatusLine status;
+  StatusLine status(experiment.data->shape().kind);
   std::vector<Observer*> observers{&records};
   if (!arguments.quiet) observers.push_back(&status);
   Trainer trainer(experiment.train, experiment.model, experiment.data, single_comm(), folder.checkpoints(), observers);

@@ -132,6 +132,7 @@ Json loss_details(const std::string& name) {
 
 Json objective_details(const std::string& name) { return {{"equation", Registry<ObjectiveEntry>::instance().find(name).equation}}; }
 Json dataset_details(const std::string& name) { return {{"doc", Registry<DatasetEntry>::instance().find(name).doc}}; }
+Json model_details(const std::string& name) { return {{"doc", Registry<ModelEntry>::instance().find(name).doc}}; }
 
 Json metric_details(const std::string& name) {
   for (const MetricDoc& doc : metric_docs())

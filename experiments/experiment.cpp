@@ -27,11 +27,39 @@ std::string values_only(const Table& root) {
 // LibTorch tells by words alone that memory ran out.
 std::shared_ptr<Model> model_that_fits(const Experiment& e) {
   try {
-    return make_model(e.root, e.data->vocabulary(), e.train.seed, e.train.allow_noncausal_training);
+    return make_model({e.root, e.data->shape(), e.train.seed, e.train.allow_noncausal_training});
   } catch (const c10::Error& error) {
     if (std::string(error.what()).find("allocate") == std::string::npos) throw;
     e.root.fail("model", "this model does not fit into memory; make [model] or [moe] smaller (`moelab check` tells the bytes)");
   }
+}
+
+// "a", "a or b", … of everything registered that handles this kind of data.
+template <class Entry>
+std::string names_for(DataKind kind, DataKind Entry::*handles) {
+  std::string names;
+  for (const Entry& entry : Registry<Entry>::instance().all())
+    if (entry.*handles == kind) names += fmt::format("{}\"{}\"", names.empty() ? "" : " or ", entry.name);
+  return names;
+}
+
+// The one that the file names is at fault: the model, unless it is the default.
+void refuse_data_of_another_kind(const Table& root) {
+  const ModelEntry& model = model_entry(root);
+  const DatasetEntry& data = dataset_entry(root);
+  if (model.reads == data.holds) return;
+  const Table table = root.child("model").has("name") ? root.child("model") : root.child("data");
+  table.fail("name", fmt::format("model '{}' reads {}, but data set '{}' holds {}; in [model] set name = {}, or in [data] name = {}",
+                                 model.name, to_string(model.reads), data.name, to_string(data.holds),
+                                 names_for(data.holds, &ModelEntry::reads), names_for(model.reads, &DatasetEntry::holds)));
+}
+
+// A router may bring a vocabulary of its own, but no model without tokens can give it ids.
+void refuse_missing_tokens(const Table& root, const Model& model, const Dataset& data) {
+  for (const Site* site : model.sites())
+    if (site->router->facts().needs_token_ids && data.vocabulary() == 0)
+      root.child("moe").child("router").fail("name", fmt::format("router '{}' needs token ids, which {} do not have",
+                                                                 site->router->entry().name, to_string(data.shape().kind)));
 }
 
 // A router that reads labels needs data that have them, and a line for each.
@@ -59,8 +87,8 @@ std::string run_name(const Table& root) {
 }  // namespace
 
 int64_t model_context(const Table& root) {
-  const Table model = root.child("model");
-  return model.options({option("context", 256, "tokens of a sequence").at_least(1)}, model.keys()).integer("context");
+  const Options model = model_options(root);
+  return model.declared("context") ? model.integer("context") : 0;
 }
 
 Experiment load_experiment(const Table& root, const std::string& tokenizer) {
@@ -71,11 +99,13 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer) {
   e.name = run_name(root);
   e.train = read_train_settings(root);
   read_objective(root, e.train);  // before data are read
+  refuse_data_of_another_kind(root);
   e.data = read_dataset(root, model_context(root), tokenizer);
   e.model = model_that_fits(e);
+  refuse_missing_tokens(root, *e.model, *e.data);
   refuse_missing_labels(root, *e.model, *e.data);
-  CorpusStatistics statistics{e.data->token_counts_V()};
-  for (Site* site : e.model->sites()) site->router->prepare(statistics);
+  if (const CorpusStatistics statistics{e.data->token_counts_V()}; statistics.token_counts_V.defined())
+    for (Site* site : e.model->sites()) site->router->prepare(statistics);
   e.config_id = xxh3_hex(values_only(root)).substr(0, 8);  // when all is read: options of replaced plugins are gone
   return e;
 }

@@ -25,9 +25,6 @@ struct Experiment {
 // of this experiment learned, Dataset::tokenizer(); "" = learn anew.
 Experiment load_experiment(const Table& root, const std::string& tokenizer = "");
 
-// Tokens of a sequence, as `[model] context` says.
-int64_t model_context(const Table& root);
-
 // The parameters that the process sets for its own run: threads, memory kept, denormals.
 void prepare_process(const TrainSettings& settings);
 

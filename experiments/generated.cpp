@@ -42,6 +42,13 @@ TextRows loss_rows() {
   return rows;
 }
 
+TextRows model_rows() {
+  TextRows rows{{"model", "what", "reads", "causal"}};
+  for (const Json& m : find_kind("models").list())
+    rows.push_back({as_code(m.at("name")), m.at("title"), m.at("facts").at("reads"), m.at("facts").at("causal").get<bool>() ? "yes" : "no"});
+  return rows;
+}
+
 TextRows plain_rows(const std::string& kind) {
   TextRows rows{{"name", "what", "source"}};
   for (const Json& entry : find_kind(kind).list()) rows.push_back({as_code(entry.at("name")), entry.at("title"), entry.at("citation")});
@@ -51,6 +58,7 @@ TextRows plain_rows(const std::string& kind) {
 std::string generated_table(const std::string& kind) {
   if (kind == "routers") return markdown_table(router_rows());
   if (kind == "metrics") return markdown_table(metric_rows());
+  if (kind == "models") return markdown_table(model_rows());
   return markdown_table(kind == "losses" ? loss_rows() : plain_rows(kind));
 }
 

@@ -9,7 +9,7 @@ namespace moelab {
 
 class StatusLine : public Observer {
  public:
-  StatusLine();
+  explicit StatusLine(DataKind data);
   Request on_step(const StepView& view) override;
   void on_evaluation(const Evaluation& evaluation, int64_t step, bool final) override;
   void on_event(const std::string& site, const Event& event, int64_t step) override;
@@ -18,6 +18,7 @@ class StatusLine : public Observer {
  private:
   void show(const std::string& text);
   void finish_line();
+  DataKind data_;
   bool terminal_;
   bool color_;
   bool open_ = false;  // a line without its newline is on the screen

@@ -11,6 +11,7 @@
 #include <cctype>
 #include <limits>
 #include <numbers>
+#include <numeric>
 
 namespace moelab {
 namespace {
@@ -27,8 +28,18 @@ std::vector<int> active_flags(const RoutingRecord& record) {
   return flags;
 }
 
+// Each expert's share in the outputs of a plan that mixes all; null for a sparse one.
+nlohmann::json weight_shares(const RoutingRecord& record) {
+  const double total = std::accumulate(record.weight_E.begin(), record.weight_E.end(), 0.0);
+  if (total == 0) return {};
+  std::vector<double> shares = record.weight_E;
+  for (double& share : shares) share /= total;
+  return shares;
+}
+
 void add_record(nlohmann::json& out, const std::string& prefix, const RoutingRecord& record) {
   out[prefix + ".load"] = record.chosen_E;
+  out[prefix + ".weight"] = weight_shares(record);
   out[prefix + ".active"] = active_flags(record);
   for (const auto& [name, value] : metrics_of(record)) out[prefix + "." + name] = summary_number(value);
 }
@@ -50,13 +61,11 @@ void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site
   }
 }
 
+// Of all pairs, or of all weight.
 double share_of_busiest(const RoutingRecord& record) {
-  int64_t most = 0, all = 0;
-  for (const int64_t count : record.chosen_E) {
-    most = std::max(most, count);
-    all += count;
-  }
-  return all == 0 ? 0 : static_cast<double>(most) / static_cast<double>(all);
+  const std::vector<double> load_E = record.weight_E.empty() ? std::vector<double>(record.chosen_E.begin(), record.chosen_E.end()) : record.weight_E;
+  const double all = std::accumulate(load_E.begin(), load_E.end(), 0.0);
+  return all == 0 ? 0 : *std::max_element(load_E.begin(), load_E.end()) / all;
 }
 
 std::string printable(const std::string& bytes) {
@@ -78,16 +87,25 @@ std::string number_text(const nlohmann::json& value, const char* format) {
   return value.is_null() ? "-" : fmt::format(fmt::runtime(format), value.get<double>());
 }
 
+std::string sparse_balance_text(const nlohmann::json& s, const std::string& label) {
+  const nlohmann::json& dropped = s.at(label + ".dropped");
+  return fmt::format("{}  max/mean {}  dead {}  dropped {} %", loads_text(s.at(label + ".load"), s.at(label + ".active")),
+                     number_text(s.at(label + ".max_over_mean"), "{:.2f}"), number_text(s.at(label + ".dead"), "{:.0f}"),
+                     dropped.is_null() ? "0" : fmt::format("{:.1f}", 100 * dropped.get<double>()));
+}
+
+std::string mixture_balance_text(const nlohmann::json& s, const std::string& label) {
+  return fmt::format("{}  of the outputs' weight  max/mean {}", loads_text(s.at(label + ".weight"), s.at(label + ".active")),
+                     number_text(s.at(label + ".weight_max_over_mean"), "{:.2f}"));
+}
+
 std::string layers_text(const Experiment& experiment, const nlohmann::json& s) {
   std::string text = "\nload of each expert in the final evaluation, % of pairs:\n";
   const std::vector<Site*> sites = experiment.model->sites();
   const std::vector<std::string> labels = site_labels(sites);
   for (size_t i = 0; i < labels.size(); ++i)
-    text += fmt::format("  {:<10} {:<12}{}  max/mean {}  dead {}  dropped {} %\n", labels[i], sites[i]->router->entry().name,
-                        loads_text(s.at(labels[i] + ".load"), s.at(labels[i] + ".active")),
-                        number_text(s.at(labels[i] + ".max_over_mean"), "{:.2f}"),
-                        number_text(s.at(labels[i] + ".dead"), "{:.0f}"),
-                        s.at(labels[i] + ".dropped").is_null() ? "0" : fmt::format("{:.1f}", 100 * s.at(labels[i] + ".dropped").get<double>()));
+    text += fmt::format("  {:<10} {:<12}{}\n", labels[i], sites[i]->router->entry().name,
+                        s.at(labels[i] + ".weight").is_null() ? sparse_balance_text(s, labels[i]) : mixture_balance_text(s, labels[i]));
   for (size_t i = 0; i < labels.size(); ++i)
     for (const LossTerm& term : sites[i]->losses) {
       const std::string key = labels[i] + ".loss." + term.label;
@@ -122,19 +140,32 @@ std::string model_bits_text(bool text, const nlohmann::json& s) {
   return fmt::format("  this model                    {:.4f}\n", nats.is_null() ? 0.0 : nats.get<double>() / std::numbers::ln2);
 }
 
+std::string prediction_text(bool text, const nlohmann::json& s) { return units_text(text, s) + baselines_text(s) + model_bits_text(text, s); }
+
+std::string classification_text(const DataShape& shape, const nlohmann::json& s) {
+  std::string text = fmt::format("\nvalidation, {} {}, {} classes:\n", s.at("eval.tokens").dump(), to_string(shape.kind), shape.classes);
+  if (!s.at("data.entropy_bits").is_null())
+    text += fmt::format("  knowing the source            loss {:.4f} nats\n", s.at("data.entropy_bits").get<double>() * std::numbers::ln2);
+  return text + fmt::format("  this model                    loss {} nats, accuracy {}\n", number_text(s.at("eval.loss"), "{:.4f}"),
+                            number_text(s.at("eval.accuracy"), "{:.4f}"));
+}
+
 }  // namespace
 
 RunVerdict verdict_of(const Evaluation& evaluation) {
   RunVerdict verdict{"not applicable", "no site counts its experts"};
   for (size_t s = 0; s < evaluation.records.size(); ++s) {
     const RoutingRecord& record = evaluation.records[s];
-    if (record.chosen_E.empty() || record.rows == 0) continue;
+    const bool mixes = !record.weight_E.empty();
+    if ((record.chosen_E.empty() && !mixes) || record.rows == 0) continue;
     const auto experts = static_cast<double>(record.active_experts());
     const std::map<std::string, double> m = metrics_of(record);
-    if (experts > 1 && m.at("effective_experts") < experts / 2)
-      return {"collapsed", fmt::format("{}: {:.2f} effective experts of {:.0f}, below half", evaluation.labels[s], m.at("effective_experts"), experts)};
+    const double effective = m.at(mixes ? "weight_effective_experts" : "effective_experts");
+    if (experts > 1 && effective < experts / 2)
+      return {"collapsed", fmt::format("{}: {:.2f} effective experts of {:.0f}, below half", evaluation.labels[s], effective, experts)};
     if (experts >= 4 && share_of_busiest(record) > 0.5)
-      return {"collapsed", fmt::format("{}: one expert takes {:.0f} % of the pairs", evaluation.labels[s], 100 * share_of_busiest(record))};
+      return {"collapsed", fmt::format("{}: one expert takes {:.0f} % of the {}", evaluation.labels[s], 100 * share_of_busiest(record),
+                                       mixes ? "weight" : "pairs")};
     if (verdict.word == "dead experts") continue;
     if (m.at("dead") > 0) verdict = {"dead experts", fmt::format("{}: {:.0f} experts got no token in the whole evaluation", evaluation.labels[s], m.at("dead"))};
     else verdict = {"healthy", "every expert of every layer was used, none took more than its bound"};
@@ -183,12 +214,12 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
 }
 
 std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample, const std::string& folder) {
-  const bool is_text = experiment.data->is_text();
-  std::string text = units_text(is_text, s) + baselines_text(s) + model_bits_text(is_text, s);
+  const DataShape shape = experiment.data->shape();
+  std::string text = shape.kind == DataKind::kTokens ? prediction_text(experiment.data->is_text(), s) : classification_text(shape, s);
   text += layers_text(experiment, s);
   if (!sample.empty()) text += fmt::format("\nwhat the model writes ({} bytes):\n---\n{}\n---\n", sample.size(), printable(sample));
-  text += fmt::format("\nparameters {} ({} active per token); tokens trained {}; {:.0f} s\n", s.at("params.total").dump(),
-                      s.at("params.active").dump(), s.at("tokens").dump(), s.at("seconds").get<double>());
+  text += fmt::format("\nparameters {} ({} active per {}); {}s trained {}; {:.0f} s\n", s.at("params.total").dump(), s.at("params.active").dump(),
+                      row_word(shape.kind), target_word(shape.kind), s.at("tokens").dump(), s.at("seconds").get<double>());
   text += fmt::format("verdict: {} ({})\n", s.at("verdict").get<std::string>(), s.at("verdict.reason").get<std::string>());
   return text + fmt::format("everything lies in {}: summary.json, metrics.jsonl, events.jsonl, config.resolved.toml, ckpt/\n", folder);
 }

@@ -28,7 +28,8 @@ std::vector<double> ngram_baselines(const Experiment& experiment);
 nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, const std::string& outcome, double seconds,
                          const std::vector<double>& baselines, const std::string& error = "");
 
-// Bits per byte beside the baselines, a table of the experts' loads, what the model writes, and where everything lies.
+// Bits per byte beside the baselines, or loss and accuracy; a table of the experts' loads, what the model writes, and where
+// everything lies.
 std::string final_text(const Experiment& experiment, const nlohmann::json& summary, const std::string& sample, const std::string& folder);
 
 // The first `bytes` bytes that the model continues the validation split's first tokens with after `step` steps; "" where tokens

@@ -1,7 +1,6 @@
 #include "trainers/evaluate.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -82,6 +81,7 @@ struct EvalSums {
       record.active_E.resize(shown.active_E.size());
       record.chosen_E.resize(shown.chosen_E.size());
       record.accepted_E.resize(shown.accepted_E.size());
+      record.weight_E.resize(shown.weight_E.size());
       for (const TermStatistics& found : out.sites[s].statistics) take_shapes({s, found.term}, found.per_scope.front());
     }
   }
@@ -125,9 +125,9 @@ EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Data
   const int64_t available = data.eval_sequences();
   const int64_t count = settings.sequences == 0 ? available : std::min(settings.sequences, available);
   EvalSums sums(sites);
-  if (comm.size() > 1) sums.take_shapes(model.forward(to_batch(data.eval_batch(0, 1)), context));
+  if (comm.size() > 1) sums.take_shapes(model.forward(with_lengths(data.eval_batch(0, 1)), context));
   for (int64_t first = comm.rank() * settings.batch; first < count; first += comm.size() * settings.batch) {
-    const Batch rows = to_batch(data.eval_batch(first, std::min(settings.batch, count - first)));
+    const Batch rows = with_lengths(data.eval_batch(first, std::min(settings.batch, count - first)));
     sums.add(model.forward(rows, context), rows);
     sums.bytes += data.bytes_of(rows.targets_BL);
   }
@@ -137,15 +137,6 @@ EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Data
 }
 
 }  // namespace
-
-Batch to_batch(const TokenBatch& tokens) {
-  Batch batch{tokens.tokens_BL, tokens.targets_BL, {}, tokens.sequence_B, tokens.domain_B, tokens.domain_BL};
-  const Tensor counted_BL = tokens.targets_BL.ge(0);
-  if (counted_BL.all().item<bool>()) return batch;
-  const Tensor place_L = at::arange(1, tokens.targets_BL.size(1) + 1, at::kLong);
-  batch.length_B = std::get<0>(counted_BL.to(at::kLong).mul(place_L).max(1));
-  return batch;
-}
 
 Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings& settings, Comm& comm) {
   const at::NoGradGuard no_grad;

@@ -12,10 +12,10 @@
 namespace moelab {
 
 struct Evaluation {
-  int64_t tokens = 0;         // predicted
+  int64_t tokens = 0;         // predicted, or images or vectors classified
   double bytes = 0;           // of the text that they stand for: Dataset::bytes_of()
   double loss = 0;            // nats per token
-  double bits_per_byte = 0;   // all bits over all bytes; NaN where nobody knows the bytes
+  double bits_per_byte = 0;   // all bits over all bytes; NaN where nobody knows the bytes, and where the data are no text
   double accuracy = 0;        // share of tokens whose most probable prediction is right
   std::vector<std::string> labels;                 // per site: site_labels()
   std::vector<RoutingRecord> records;              // per site
@@ -25,15 +25,12 @@ struct Evaluation {
 };
 
 struct EvalSettings {
-  int64_t sequences = 0;    // the first of the split; 0 = all
-  int64_t batch = 16;       // sequences read at a time
+  int64_t sequences = 0;    // samples: the first of the split; 0 = all
+  int64_t batch = 16;       // samples read at a time
   int64_t seed = 0;
   int64_t step = 0;         // steps trained: routers may work in stages
   int64_t total_steps = 1;
 };
-
-// A data set's sequences as the model reads them: trailing positions without a target are padding.
-Batch to_batch(const TokenBatch& tokens);
 
 // Ranks share the sequences, and all report the whole.
 Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings& settings, Comm& comm);

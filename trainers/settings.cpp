@@ -74,7 +74,7 @@ OptionSpec plugins_option() {
 OptionSpecs train_options() {
   return {
       option("steps", 200, "optimiser steps").at_least(0),
-      option("batch", 16, "sequences per step, over all micro-batches and ranks").at_least(1),
+      option("batch", 16, "sequences, images or vectors per step, over all micro-batches and ranks").at_least(1),
       option("micro_batches", 1, "gradient accumulation: parts that a step's batch is computed in").at_least(1),
       option("precision", "float32", "float32, or bf16 autocast with the router kept in float32").one_of({"float32", "bf16"}),
       option("recompute", false, "recompute each block's activations in the backward pass"),
@@ -116,7 +116,7 @@ OptionSpecs schedule_options() {
 OptionSpecs eval_options() {
   return {
       option("every", 0, "steps between evaluations; 0 = only at the end").at_least(0),
-      option("sequences", 0, "validation sequences of an evaluation during training; 0 = all").at_least(0),
+      option("sequences", 0, "validation sequences, images or vectors of an evaluation during training; 0 = all").at_least(0),
       option("baseline", "none", "models to report beside ours: none, or interpolated n-grams of bytes").one_of({"none", "ngram"}),
   };
 }
@@ -160,20 +160,22 @@ TrainSettings read_train_settings(const Table& root) {
   return s;
 }
 
-std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, const std::string& tokenizer) {
+const DatasetEntry& dataset_entry(const Table& root) {
   const Table table = root.child("data");
   const std::string name = table.options(data_options({}), table.keys()).text("name");
-  if (!Registry<DatasetEntry>::instance().contains(name)) {
-    try {
-      Registry<DatasetEntry>::instance().find(name);
-    } catch (const Error& error) {
-      table.fail("name", error.what());
-    }
+  try {
+    return Registry<DatasetEntry>::instance().find(name);
+  } catch (const Error& error) {
+    table.fail("name", error.what());
   }
-  const DatasetEntry& entry = Registry<DatasetEntry>::instance().find(name);
+}
+
+std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, const std::string& tokenizer) {
+  const Table table = root.child("data");
+  const DatasetEntry& entry = dataset_entry(root);
   const Options options = table.options(data_options(entry.options));
   try {
-    return make_dataset(name, {context, options, tokenizer});
+    return make_dataset(entry.name, {context, options, tokenizer});
   } catch (const Error& error) {
     throw Error(error.code(), fmt::format("{}: {}", place_of_complaint(table, error.what()), error.what()));
   }

@@ -27,7 +27,7 @@ struct ScheduleSettings {
 struct TrainSettings {
   int64_t seed = 0;
   int64_t steps = 200;
-  int64_t batch = 16;           // sequences per step, over all micro-batches and ranks
+  int64_t batch = 16;           // samples per step, over all micro-batches and ranks
   int64_t micro_batches = 1;    // per rank
   bool bf16 = false;
   bool recompute = false;
@@ -59,7 +59,11 @@ TrainSettings read_train_settings(const Table& root);
 // `[objective] name` with its own options, or `[train] objective`. After plugins are loaded: one of them may bring it.
 void read_objective(const Table& root, TrainSettings& settings);
 
-// `[data] name` and its own options; `context` is the model's. `tokenizer` is what an earlier run learned; "" = learn anew.
+// The data set that `[data] name` asks for; an unknown one is Error(kUsage) with its place.
+const DatasetEntry& dataset_entry(const Table& root);
+
+// `[data] name` and its own options; `context` is the model's, 0 where it reads no tokens. `tokenizer` is what an earlier run
+// learned; "" = learn anew.
 std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, const std::string& tokenizer = "");
 
 // Refuses tables that no reader knows.

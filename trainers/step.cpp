@@ -63,7 +63,7 @@ class Step {
     int64_t targets = 0, rows = 0;
     for (const Batch& batch : micro_batches_) {
       targets += batch.target_tokens();
-      rows += batch.rows();
+      rows += model_.rows(batch);
     }
     const Tensor both = at::tensor({targets, rows}, at::kLong);
     context_.comm->all_reduce(both);

@@ -131,7 +131,7 @@ std::vector<Batch> Trainer::load_micro_batches() const {
   std::vector<Batch> batches;
   for (int64_t m = 0; m < settings_.micro_batches; ++m) {
     const int64_t first = (comm_->rank() * settings_.micro_batches + m) * count;
-    batches.push_back(to_batch(data_->train_batch(settings_.seed, step_, first, count, settings_.batch)));
+    batches.push_back(with_lengths(data_->train_batch(settings_.seed, step_, first, count, settings_.batch)));
   }
   return batches;
 }

@@ -12,7 +12,7 @@ namespace moelab {
 namespace {
 
 nlohmann::json to_json(const RoutingRecord& r) {
-  return {{"experts", r.experts}, {"active", r.active_E}, {"chosen", r.chosen_E}, {"accepted", r.accepted_E}, {"rows", r.rows},
+  return {{"experts", r.experts}, {"active", r.active_E}, {"chosen", r.chosen_E}, {"accepted", r.accepted_E}, {"weight", r.weight_E}, {"rows", r.rows},
           {"left_behind", r.left_behind}, {"dropped", r.dropped}, {"places", r.places}, {"entropy_sum", r.entropy_sum}, {"entropy_rows", r.entropy_rows}};
 }
 
@@ -22,6 +22,7 @@ RoutingRecord record_from_json(const nlohmann::json& j) {
   r.active_E = j.at("active").get<std::vector<int64_t>>();
   r.chosen_E = j.at("chosen").get<std::vector<int64_t>>();
   r.accepted_E = j.at("accepted").get<std::vector<int64_t>>();
+  r.weight_E = j.at("weight").get<std::vector<double>>();
   r.rows = j.at("rows");
   r.left_behind = j.at("left_behind");
   r.dropped = j.at("dropped");

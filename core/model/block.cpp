@@ -42,12 +42,14 @@ int64_t choices_per_row(const RouterFacts& facts, const RouterSpec& spec, Mode m
   return facts.fixed_k == 0 && spec.options.declared("k") ? spec.k() : facts.fixed_k;
 }
 
-Block::Block(int64_t index, const AttentionSpec& attention, const BlockSettings& settings)
-    : width_(attention.width), attention_(std::make_shared<CausalAttention>(attention)), sees_future_(settings.sees_future) {
-  const auto options = at::TensorOptions().dtype(attention.dtype);
-  norm_attention_D_ = add_parameter("norm_attention", at::ones({width_}, options));
-  norm_experts_D_ = add_parameter(settings.moe ? "norm_moe" : "norm_dense", at::ones({width_}, options));
-  add_child("attention", attention_);
+Block::Block(int64_t index, const BlockSettings& settings) : sees_future_(settings.sees_future) {
+  const auto ones_D = [&] { return at::ones({settings.width}, at::TensorOptions().dtype(settings.dtype)); };
+  if (settings.attention) norm_attention_D_ = add_parameter("norm_attention", ones_D());
+  norm_experts_D_ = add_parameter(settings.moe ? "norm_moe" : "norm_dense", ones_D());
+  if (settings.attention) {
+    attention_ = std::make_shared<SelfAttention>(*settings.attention);
+    add_child("attention", attention_);
+  }
   if (settings.moe) {
     moe_ = std::make_shared<MoELayer>(fmt::format("layers.{}.moe", index), *settings.moe);
     add_child("moe", moe_);
@@ -58,8 +60,8 @@ Block::Block(int64_t index, const AttentionSpec& attention, const BlockSettings&
 }
 
 BlockOutput Block::forward(const Tensor& x_BLD, const BatchRows& rows, RouteInput in, const BlockState& state) const {
-  const Tensor attended_BLD = attention_->forward(rms_norm(x_BLD, norm_attention_D_), state.first, state.attention);
-  const Tensor middle_BLD = x_BLD.add(attended_BLD);
+  Tensor middle_BLD = x_BLD;
+  if (attention_) middle_BLD = x_BLD.add(attention_->forward(rms_norm(x_BLD, norm_attention_D_), state.first, state.attention));
   const Tensor normed_BLD = rms_norm(middle_BLD, norm_experts_D_);
   if (moe_) return routed(middle_BLD, normed_BLD, rows, std::move(in), state);
   const Tensor y_TD = dense_->forward_with(dense_->parameters_of(0), rows.gather(normed_BLD));
@@ -84,9 +86,8 @@ int64_t Block::active_parameters() const {
   return parameter_count() - bank.parameter_count() + k * bank.parameter_count() / bank.experts();
 }
 
-double Block::flops_per_token(int64_t context) const {
-  const auto width = static_cast<double>(width_), keys = static_cast<double>(context + 1) / 2;  // mean over positions
-  const double attention = 8 * width * width + 4 * width * keys;
+double Block::flops_per_row(int64_t context) const {
+  const double attention = attention_ ? attention_->flops_per_row(context) : 0;
   if (!moe_) return attention + dense_->flops_per_row(0);
   const ExpertBank& bank = *moe_->site().bank;
   const auto every_row = static_cast<double>(moe_->parameter_count() - bank.parameter_count());  // router and shared experts

@@ -1,4 +1,4 @@
-// One block: x + attention(norm(x)), then + experts(norm(·)), routed or dense.
+// One block: x + attention(norm(x)) where it has attention, then + experts(norm(·)), routed or dense.
 #pragma once
 
 #include "core/model/layers.h"
@@ -17,9 +17,12 @@ struct DenseSettings {
 
 // Either `moe` or `dense`.
 struct BlockSettings {
-  std::optional<LayerSettings> moe;
-  std::optional<DenseSettings> dense;
-  std::string sees_future;  // why training decisions look at later tokens; "" = they do not
+  int64_t width = 0;
+  at::ScalarType dtype = at::kFloat;
+  std::optional<AttentionSpec> attention = {};  // none: rows meet in the experts alone
+  std::optional<LayerSettings> moe = {};
+  std::optional<DenseSettings> dense = {};
+  std::string sees_future = {};  // why training decisions look at later tokens; "" = they do not
 };
 
 struct BlockOutput {
@@ -37,7 +40,7 @@ struct BlockState {
 
 class Block : public Module {
  public:
-  Block(int64_t index, const AttentionSpec& attention, const BlockSettings& settings);
+  Block(int64_t index, const BlockSettings& settings);
 
   // `in` is complete but for x_TD.
   BlockOutput forward(const Tensor& x_BLD, const BatchRows& rows, RouteInput in, const BlockState& state = {}) const;
@@ -46,14 +49,13 @@ class Block : public Module {
   const std::string& sees_future() const { return sees_future_; }
 
   int64_t active_parameters() const;
-  double flops_per_token(int64_t context) const;
+  double flops_per_row(int64_t context) const;
 
  private:
   BlockOutput routed(const Tensor& x_BLD, const Tensor& normed_BLD, const BatchRows& rows, RouteInput in,
                      const BlockState& state) const;
 
-  int64_t width_;
-  std::shared_ptr<CausalAttention> attention_;
+  std::shared_ptr<SelfAttention> attention_;
   std::shared_ptr<MoELayer> moe_;
   std::shared_ptr<ExpertBank> dense_;
   Tensor norm_attention_D_, norm_experts_D_;

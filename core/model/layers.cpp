@@ -1,5 +1,6 @@
 #include "core/model/layers.h"
 
+#include "core/error.h"
 #include "core/random.h"
 
 #include <ATen/TensorOperators.h>
@@ -26,7 +27,7 @@ Tensor appended(DecodeCache& cache, const char* name, const Tensor& more_BHLA) {
 }
 
 // Query l of a call that continues `past` keys sees keys 0 … past + l.
-Tensor attend(const Tensor& q_BHLA, const Tensor& k_BHKA, const Tensor& v_BHKA) {
+Tensor attend_causally(const Tensor& q_BHLA, const Tensor& k_BHKA, const Tensor& v_BHKA) {
   const int64_t queries = q_BHLA.size(2), past = k_BHKA.size(2) - queries;
   if (past == 0) return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA, {}, 0.0, /*is_causal=*/true);
   if (queries == 1) return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA);
@@ -57,8 +58,8 @@ Tensor RotaryEmbedding::operator()(const Tensor& x_BHLA, int64_t first) const {
   return at::cat({low * cos_LA2 - high * sin_LA2, high * cos_LA2 + low * sin_LA2}, 3).to(x_BHLA.scalar_type());
 }
 
-CausalAttention::CausalAttention(const AttentionSpec& spec)
-    : heads_(spec.heads), rotary_(spec.width / spec.heads, spec.context, spec.rope_base) {
+SelfAttention::SelfAttention(const AttentionSpec& spec) : heads_(spec.heads), causal_(spec.causal) {
+  if (spec.rotary) rotary_.emplace(spec.width / spec.heads, spec.context, spec.rope_base);
   const double std = 1 / std::sqrt(static_cast<double>(spec.width));
   const auto weight = [&](const char* name, double scale) {
     return add_parameter(name, normal_tensor(spec.init.with(name), {spec.width, spec.width}, scale * std, spec.dtype));
@@ -69,21 +70,31 @@ CausalAttention::CausalAttention(const AttentionSpec& spec)
   o_DD_ = weight("o", spec.output_scale);
 }
 
-Tensor CausalAttention::heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const {
+Tensor SelfAttention::heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const {
   const int64_t width = x_BLD.size(2);
   return at::linear(x_BLD, weight_DD).view({x_BLD.size(0), x_BLD.size(1), heads_, width / heads_}).transpose(1, 2);
 }
 
-Tensor CausalAttention::forward(const Tensor& x_BLD, int64_t first, DecodeCache* cache) const {
-  const Tensor q_BHLA = rotary_(heads_of(x_BLD, q_DD_), first);
-  Tensor k_BHKA = rotary_(heads_of(x_BLD, k_DD_), first);
+Tensor SelfAttention::turned(const Tensor& x_BHLA, int64_t first) const { return rotary_ ? (*rotary_)(x_BHLA, first) : x_BHLA; }
+
+Tensor SelfAttention::forward(const Tensor& x_BLD, int64_t first, DecodeCache* cache) const {
+  const Tensor q_BHLA = turned(heads_of(x_BLD, q_DD_), first);
+  Tensor k_BHKA = turned(heads_of(x_BLD, k_DD_), first);
   Tensor v_BHKA = heads_of(x_BLD, v_DD_);
   if (cache) {
+    check_invariant(causal_, "attention over all positions cannot go on from earlier ones");
     k_BHKA = appended(*cache, "k", k_BHKA);
     v_BHKA = appended(*cache, "v", v_BHKA);
   }
-  const Tensor mixed_BLHA = attend(q_BHLA, k_BHKA, v_BHKA).transpose(1, 2);
+  const Tensor mixed_BLHA =
+      (causal_ ? attend_causally(q_BHLA, k_BHKA, v_BHKA) : at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA)).transpose(1, 2);
   return at::linear(mixed_BLHA.reshape(x_BLD.sizes()), o_DD_);
+}
+
+double SelfAttention::flops_per_row(int64_t context) const {
+  const auto width = static_cast<double>(q_DD_.size(0));
+  const double keys = causal_ ? static_cast<double>(context + 1) / 2 : static_cast<double>(context);
+  return 8 * width * width + 4 * width * keys;
 }
 
 }  // namespace moelab

@@ -1,9 +1,11 @@
-// The parts of a decoder block that do not route: normalisation, rotary positions, causal attention. In shapes, H is the
-// number of heads and A the size of one.
+// The parts of a block that do not route: normalisation, rotary positions, attention. In shapes, H is the number of heads and
+// A the size of one.
 #pragma once
 
 #include "core/expert.h"
 #include "core/module.h"
+
+#include <optional>
 
 namespace moelab {
 
@@ -26,25 +28,31 @@ struct AttentionSpec {
   int64_t width = 0;
   int64_t heads = 1;
   int64_t context = 0;
+  bool causal = true;     // each position sees itself and those before it; else all see all
+  bool rotary = true;     // positions turn queries and keys; else attention knows no positions
   double rope_base = 10000;
   double output_scale = 1;  // scales the initial output weights
   at::ScalarType dtype = at::kFloat;
   RandomKey init;
 };
 
-// Multi-head causal self-attention without biases.
-class CausalAttention : public Module {
+// Multi-head self-attention without biases.
+class SelfAttention : public Module {
  public:
-  explicit CausalAttention(const AttentionSpec& spec);
+  explicit SelfAttention(const AttentionSpec& spec);
 
-  // `cache` holds the keys and values of earlier calls; x_BLD continues them at position `first`.
+  // `cache` holds the keys and values of earlier calls; x_BLD continues them at position `first`. Causal attention alone.
   Tensor forward(const Tensor& x_BLD, int64_t first = 0, DecodeCache* cache = nullptr) const;
+
+  double flops_per_row(int64_t context) const;  // the mean over the positions of a full sequence
 
  private:
   Tensor heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const;  // [B,H,L,A]
+  Tensor turned(const Tensor& x_BHLA, int64_t first) const;
 
   int64_t heads_;
-  RotaryEmbedding rotary_;
+  bool causal_;
+  std::optional<RotaryEmbedding> rotary_;
   Tensor q_DD_, k_DD_, v_DD_, o_DD_;
 };
 

@@ -1,30 +1,19 @@
-// What the trainer and the commands know of a model: batches in, logits and routing decisions out.
+// What the trainer and the commands know of a model: batches in, logits and routing decisions out; and the registry of models.
 #pragma once
 
+#include "core/batch.h"
 #include "core/comm.h"
 #include "core/moe_layer.h"
 #include "core/router.h"
 
+#include <functional>
 #include <map>
 #include <memory>
+#include <source_location>
 #include <string>
 #include <vector>
 
 namespace moelab {
-
-// A rectangle of sequences. Where `length_B` is defined, positions at or past a sequence's length are padding: they are
-// routed nowhere, counted nowhere, and change no other position's result.
-struct Batch {
-  Tensor tokens_BL;    // int64
-  Tensor targets_BL;   // int64; -1 = nothing to predict here
-  Tensor length_B;     // int64, undefined = all full
-  Tensor sequence_B;   // int64 global id of each sequence in this step: keys the random draws
-  Tensor domain_B;     // int64, undefined where the data have no labels
-  Tensor domain_BL;    // int64, instead of domain_B where a sequence holds several documents
-
-  int64_t target_tokens() const;
-  int64_t rows() const;  // without padding
-};
 
 // Where and how a forward pass happens. Two passes with equal contexts and batches are bitwise equal.
 struct StepContext {
@@ -48,7 +37,7 @@ struct SiteResult {
 };
 
 struct ModelOutput {
-  Tensor logits_BLV;
+  Tensor logits_BLV;              // one row per target: a classifier's L is 1, its V the classes
   std::vector<SiteResult> sites;  // in the order of Model::sites()
 };
 
@@ -67,24 +56,52 @@ class Model : public Module {
   ~Model() override;
   virtual ModelOutput forward(const Batch& batch, const StepContext& context) const = 0;
 
-  // Logits of the next token, [B, V], for tokens_BL appended to what `state` has seen.
-  virtual Tensor decode(const Tensor& tokens_BL, DecodeState& state) const = 0;
+  // Logits of the next token, [B, V], for tokens_BL appended to what `state` has seen. Error(kUsage) where a model reads no tokens.
+  virtual Tensor decode(const Tensor& tokens_BL, DecodeState& state) const;
 
   // Every routed place, in the order of the forward pass.
   virtual std::vector<Site*> sites() const = 0;
-  virtual int64_t context() const = 0;  // longest sequence
+  virtual int64_t context() const = 0;  // rows of the longest sequence: its tokens, or the patches of an image
+  virtual int64_t rows(const Batch& batch) const { return batch.rows(); }  // that each layer routes
 
   // "layers.3.moe: reason" for each site whose training decisions look at later tokens; its training loss is labelled so.
   virtual std::vector<std::string> training_sees_future() const { return {}; }
 
-  // Parameters that one token uses, and forward FLOPs per token (multiply-add = 2) at full context.
+  // Parameters that one row uses, and forward FLOPs per row (multiply-add = 2) at full context.
   virtual int64_t active_parameters() const = 0;
   virtual double flops_per_token() const = 0;
 };
 
-// Reads `[model]` and the tables of every layer. `vocabulary` comes from the data. Throws Error(kUsage) with the place of
-// what does not fit, before anything large is allocated.
-std::shared_ptr<Model> make_model(const Table& root, int64_t vocabulary, int64_t seed, bool allow_noncausal_training);
+// What a factory gets: the tables of the whole experiment, and what the data are.
+struct ModelSpec {
+  Table root;
+  DataShape data;
+  int64_t seed = 0;
+  bool allow_noncausal_training = false;
+};
+
+struct ModelEntry {
+  std::string name;  // = the file's stem
+  std::string title;
+  std::string doc;
+  DataKind reads = DataKind::kTokens;
+  bool causal = false;       // no row may see a later one: routers that look ahead are refused
+  OptionSpecs options = {};  // of `[model]`, beside its name
+  std::function<std::shared_ptr<Model>(const ModelSpec&, const Options&)> make;
+  std::source_location where = std::source_location::current();
+};
+
+extern template class Registry<ModelEntry>;
+
+// The model that `[model] name` asks for, "decoder" where it does not say. An unknown one is Error(kUsage) with its place.
+const ModelEntry& model_entry(const Table& root);
+
+// What `[model]` says, every key checked.
+Options model_options(const Table& root);
+
+// Reads `[model]` and the tables of every layer. `spec.data` is of the kind that the model reads. Throws Error(kUsage) with the
+// place of what does not fit, before anything large is allocated.
+std::shared_ptr<Model> make_model(const ModelSpec& spec);
 
 // Σ over target positions of −ln p(target), in float32 or better, on the graph.
 Tensor cross_entropy_sum(const Tensor& logits_BLV, const Tensor& targets_BL);

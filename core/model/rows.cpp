@@ -1,5 +1,7 @@
 #include "core/model/rows.h"
 
+#include "core/error.h"
+
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -20,15 +22,22 @@ Tensor rising_offsets(const Tensor& length_B) {
 
 }  // namespace
 
-BatchRows::BatchRows(const Batch& batch, int64_t first)
-    : batch_(batch.tokens_BL.size(0)), length_(batch.tokens_BL.size(1)), tokens_BL_(batch.tokens_BL.cpu()) {
+BatchRows::BatchRows(const Batch& batch, int64_t first) : BatchRows(batch, batch.tokens_BL.size(1), first) {}
+
+BatchRows BatchRows::of_samples(const Batch& batch, int64_t positions) {
+  check_invariant(!batch.tokens_BL.defined(), "a batch of tokens says itself how long its sequences are");
+  return {batch, positions, 0};
+}
+
+BatchRows::BatchRows(const Batch& batch, int64_t length, int64_t first) : batch_(batch.samples()), length_(length) {
+  if (batch.tokens_BL.defined()) tokens_BL_ = batch.tokens_BL.cpu();
   const Tensor column_BL = at::arange(length_, at::kLong).expand({batch_, length_});
   const Tensor ordinal_B = at::arange(batch_, at::kLong);
   Tensor length_B = at::full({batch_}, length_, at::kLong);
   if (batch.length_B.defined()) {
     length_B = batch.length_B.cpu();
     const Tensor real_BL = column_BL.lt(length_B.unsqueeze(1));
-    tokens_BL_ = tokens_BL_.masked_fill(real_BL.logical_not(), 0);
+    if (tokens_BL_.defined()) tokens_BL_ = tokens_BL_.masked_fill(real_BL.logical_not(), 0);
     index_T_ = real_BL.reshape({-1}).nonzero().squeeze(1);
   }
   const auto rows_of = [&](const Tensor& entry_BL) {
@@ -36,7 +45,7 @@ BatchRows::BatchRows(const Batch& batch, int64_t first)
     return index_T_.defined() ? flat.index_select(0, index_T_) : flat;
   };
   const auto per_sequence = [&](const Tensor& entry_B) { return rows_of(entry_B.cpu().unsqueeze(1).expand({batch_, length_})); };
-  channels_.token_ids_T = rows_of(tokens_BL_);
+  if (tokens_BL_.defined()) channels_.token_ids_T = rows_of(tokens_BL_);
   channels_.position_T = rows_of(column_BL).add(first);
   channels_.sequence_T = per_sequence(ordinal_B);
   channels_.sequence_key_T = per_sequence(batch.sequence_B.defined() ? batch.sequence_B : ordinal_B);

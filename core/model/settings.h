@@ -4,27 +4,30 @@
 #include "core/config.h"
 #include "core/model/block.h"
 
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace moelab {
 
-struct DecoderSettings {
-  AttentionSpec attention;  // of every block, but for `init`
-  int64_t vocabulary = 0;
-  bool tie_embeddings = true;
+struct BackboneSettings {
+  int64_t width = 0;
+  at::ScalarType dtype = at::kFloat;
   RandomKey init;
   std::vector<BlockSettings> blocks;
-
-  RandomKey block_init(int64_t block) const { return init.with("layer", block); }
 };
 
-// The keys of `[model]`.
-OptionSpecs model_options();
+// The keys of `[model]` that every model of blocks has, followed by its own.
+OptionSpecs backbone_options(const OptionSpecs& own);
+OptionSpec heads_option();
 
 // The key of `[[layer]]` beside the tables of a layer.
 OptionSpecs layer_override_options();
 
-DecoderSettings read_decoder(const Table& root, int64_t vocabulary, int64_t seed, bool allow_noncausal_training);
+// Width, heads and dtype of the attention that [model] asks for; refused where heads do not divide the width.
+AttentionSpec read_attention(const Table& model, const Options& options);
+
+// The tables of every block. Each gets `attention`, if any; where that is causal, routers that look ahead are refused.
+BackboneSettings read_backbone(const ModelSpec& spec, const Options& options, const std::optional<AttentionSpec>& attention);
 
 }  // namespace moelab

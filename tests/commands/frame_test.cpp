@@ -52,7 +52,7 @@ TEST_CASE("unknown words are named, with the nearest known one") {
       WrongWords{{"data", "prepair", "kjv"}, "moelab: data: unknown command 'prepair', did you mean 'prepare'?\n"},
       WrongWords{{"describe", "routers"}, "moelab: describe: NAME is required; `moelab describe --help` has an example\n"},
       WrongWords{{"list", "ruoters"},
-                 "moelab: there is no kind 'ruoters', did you mean 'routers'? kinds: routers, experts, losses, objectives, datasets, metrics\n"},
+                 "moelab: there is no kind 'ruoters', did you mean 'routers'? kinds: routers, experts, losses, objectives, datasets, models, metrics\n"},
       WrongWords{{"completion", "fish"}, "moelab: there is no completion for 'fish'; there is one for bash\n"});
   const ProgramResult result = moelab_run(wrong.arguments);
   CHECK(result.code == 2);

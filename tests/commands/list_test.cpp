@@ -26,7 +26,7 @@ nlohmann::json entry_named(const nlohmann::json& entries, const std::string& nam
 }
 
 TEST_CASE("every list is an array of objects with the documented keys") {
-  const std::string kind = GENERATE("routers", "experts", "losses", "objectives", "datasets", "metrics");
+  const std::string kind = GENERATE("routers", "experts", "losses", "objectives", "datasets", "models", "metrics");
   const ProgramResult result = moelab_run({"list", kind, "--json"});
   REQUIRE(result.code == 0);
   const nlohmann::json entries = json_of(result);
@@ -81,7 +81,7 @@ TEST_CASE("describe says where a router is causal and why") {
 }
 
 TEST_CASE("everything that is listed can be described, as text and as JSON") {
-  const std::string kind = GENERATE("routers", "experts", "losses", "objectives", "datasets", "metrics");
+  const std::string kind = GENERATE("routers", "experts", "losses", "objectives", "datasets", "models", "metrics");
   for (const nlohmann::json& entry : json_of(moelab_run({"list", kind, "--json"}))) {
     const std::string name = entry.at("name");
     CAPTURE(kind, name);
@@ -96,7 +96,7 @@ TEST_CASE("everything that is listed can be described, as text and as JSON") {
 TEST_CASE("list without a kind tells which kinds there are, and a kind may be named in the singular") {
   const ProgramResult kinds = moelab_run({"list"});
   CHECK(kinds.code == 0);
-  for (const char* kind : {"routers", "experts", "losses", "objectives", "datasets", "metrics"}) CHECK(contains(kinds.out, kind));
+  for (const char* kind : {"routers", "experts", "losses", "objectives", "datasets", "models", "metrics"}) CHECK(contains(kinds.out, kind));
   CHECK(moelab_run({"describe", "router", "switch"}).out == moelab_run({"describe", "routers", "switch"}).out);
 }
 

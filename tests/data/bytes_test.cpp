@@ -21,7 +21,7 @@ std::string cycling_text(size_t size, int first, int kinds) {
 std::set<int64_t> bytes_seen_in_training(const Dataset& data, int steps) {
   std::set<int64_t> seen;
   for (int step = 0; step < steps; ++step) {
-    const TokenBatch batch = data.train_batch(7, step, 0, 8, 8);
+    const Batch batch = data.train_batch(7, step, 0, 8, 8);
     for (const int64_t token : values(batch.tokens_BL)) seen.insert(token);
     for (const int64_t token : values(batch.targets_BL)) seen.insert(token);
   }
@@ -96,7 +96,7 @@ TEST_CASE("validation predicts every byte once, in order, each after the byte be
     const std::vector<uint8_t> expected = split.validation;
     const auto data = make_byte_dataset(std::move(split), 16);
     CHECK(data->eval_sequences() == static_cast<int64_t>((held + 15) / 16));
-    const TokenBatch batch = data->eval_batch(0, data->eval_sequences());
+    const Batch batch = data->eval_batch(0, data->eval_sequences());
     const std::vector<int64_t> tokens = values(batch.tokens_BL), targets = values(batch.targets_BL);
     REQUIRE(targets.size() == tokens.size());
     for (size_t i = 0; i < targets.size(); ++i) {
@@ -115,8 +115,8 @@ TEST_CASE("slices of a training batch and of the validation split equal the whol
   const ScratchFolder folder = scratch();
   write_text(folder.path() + "/text", cycling_text(4000, 'a', 26));
   for (const auto& data : {make("bytes", 32, {{"path", folder.path() + "/text"}}), make("markov", 32)}) {
-    const TokenBatch whole = data->train_batch(1, 5, 0, 12, 12);
-    const TokenBatch slice = data->train_batch(1, 5, 3, 4, 12);
+    const Batch whole = data->train_batch(1, 5, 0, 12, 12);
+    const Batch slice = data->train_batch(1, 5, 3, 4, 12);
     CHECK(at::equal(slice.tokens_BL, whole.tokens_BL.narrow(0, 3, 4)));
     CHECK(at::equal(slice.targets_BL, whole.targets_BL.narrow(0, 3, 4)));
     CHECK((values(slice.sequence_B) == std::vector<int64_t>{3, 4, 5, 6}));
@@ -125,8 +125,8 @@ TEST_CASE("slices of a training batch and of the validation split equal the whol
     CHECK_FALSE(at::equal(whole.tokens_BL, data->train_batch(2, 5, 0, 12, 12).tokens_BL));
 
     const int64_t sequences = data->eval_sequences();
-    const TokenBatch eval = data->eval_batch(0, sequences);
-    const TokenBatch last = data->eval_batch(sequences - 1, 1);
+    const Batch eval = data->eval_batch(0, sequences);
+    const Batch last = data->eval_batch(sequences - 1, 1);
     CHECK(at::equal(last.tokens_BL, eval.tokens_BL.narrow(0, sequences - 1, 1)));
     CHECK(at::equal(last.targets_BL, eval.targets_BL.narrow(0, sequences - 1, 1)));
     CHECK(data->train_batch(1, 5, 4, 0, 12).tokens_BL.sizes() == at::IntArrayRef({0, 32}));

@@ -21,7 +21,7 @@ double empirical_entropy(const Dataset& data, int64_t order, int steps) {
   std::map<std::vector<int64_t>, std::map<int64_t, double>> followers;
   double total = 0;
   for (int step = 0; step < steps; ++step) {
-    const TokenBatch batch = data.train_batch(3, step, 0, 16, 16);
+    const Batch batch = data.train_batch(3, step, 0, 16, 16);
     const int64_t length = batch.tokens_BL.size(1);
     const std::vector<int64_t> tokens = values(batch.tokens_BL), targets = values(batch.targets_BL), label = values(batch.domain_B);
     for (int64_t b = 0; b < 16; ++b) {
@@ -111,7 +111,7 @@ TEST_CASE("labels follow the prior and token counts the long run") {
   const auto data = make("markov", 128, {{"sources", int64_t{2}}, {"states", int64_t{4}}, {"prior_zipf", 1.0}});
   std::vector<double> labels(2), tokens(4);
   for (int step = 0; step < 200; ++step) {
-    const TokenBatch batch = data->train_batch(0, step, 0, 20, 20);
+    const Batch batch = data->train_batch(0, step, 0, 20, 20);
     for (const int64_t label : values(batch.domain_B)) labels[label] += 1.0 / 4000;
     for (const int64_t token : values(batch.tokens_BL)) tokens[token] += 1.0 / (4000 * 128);
   }

@@ -56,3 +56,37 @@ TEST_CASE("soft plans: the fast path equals the reference over ragged, interleav
     check_mixture(plan, *bank, x_TD, {key_SD, scale});
   }
 }
+
+TEST_CASE("an expert's weight in the outputs is its columns of C, summed over the rows of every sequence") {
+  std::mt19937_64 draw(7);
+  const int64_t rows = 1500;  // more than one block
+  SoftPlan plan{.experts = 3, .slots_per_expert = 2, .query_TD = random_leaf(draw, {rows, 3}, at::kDouble),
+                .key_SD = random_leaf(draw, {4, 3}, at::kDouble), .scale = at::full({1}, 2.0, at::kDouble),
+                .sequence_T = at::arange(rows, at::kLong).remainder(5), .sequences = 5, .noise_std = 0.5, .noise_TS = {},
+                .noise_key = random_key(1, "noise"), .position_T = at::arange(rows, at::kLong).floor_divide(5),
+                .sequence_key_T = at::arange(rows, at::kLong).remainder(5)};
+  const auto summed = [&] {
+    Tensor sum_S = at::zeros({6}, at::kDouble);
+    for (int64_t b = 0; b < plan.sequences; ++b) sum_S.add_(soft_matrices(plan, b).combine_MS.detach().sum(0));
+    return sum_S.view({3, 2}).sum(1);
+  };
+  const Tensor weight_E = expert_weights_E(plan);
+  CHECK_FALSE(weight_E.requires_grad());
+  CHECK(weight_E[2].item<double>() == 0);  // its slots are not there
+  CHECK(relative_error(weight_E, summed()) < 1e-12);
+  plan.combine = SlotWeights::kUniform;
+  CHECK(relative_error(expert_weights_E(plan), summed()) < 1e-12);
+  plan = {.experts = 2, .slots_per_expert = 2, .query_TD = random_leaf(draw, {8, 3}, at::kDouble),
+          .key_SD = random_leaf(draw, {4, 3}, at::kDouble), .scale = at::ones({1}, at::kDouble),
+          .sequence_T = at::tensor({0, 0, 1, 1, 0, 1, 1, 0}, at::kLong), .sequences = 3, .noise_TS = {}, .noise_key = {},
+          .position_T = {}, .sequence_key_T = {}, .combine = SlotWeights::kIdentity};
+  CHECK(at::equal(expert_weights_E(plan), at::tensor({4.0, 4.0}, at::kDouble)));
+}
+
+// Three rows of (1/4, 3/4) and two of (1, 0).
+TEST_CASE("a merge gives each of its rows its mixture, and a sparse plan has none") {
+  const MergePlan merge{.alpha_GE = at::tensor({0.25, 0.75, 1.0, 0.0}, at::kDouble).view({2, 2}),
+                        .group_of_token_T = at::tensor({0, 1, 1, 0, 0}, at::kLong)};
+  CHECK(at::equal(expert_weights_E(merge), at::tensor({2.75, 2.25}, at::kDouble)));
+  CHECK_FALSE(expert_weights_E(SparsePlan{}).defined());
+}

@@ -160,13 +160,26 @@ TEST_CASE("Only experts that were active at some time in the window are counted"
   CHECK_THAT(four.at("router_entropy"), WithinAbs(std::log(3.0) / std::log(4.0), 1e-12));
 }
 
-TEST_CASE("A merge plan has no counts, only the entropy of its probabilities") {
+// Two rows of (1/2, 1/2, 0, 0) and one of (0, 1, 0, 0): the experts' shares in the outputs are 1/3, 2/3, 0, 0.
+TEST_CASE("A merge plan has no counts, but weights in the outputs and the entropy of its probabilities") {
   RouteOutput out;
-  out.plan = MergePlan{};
-  out.scores.loss_TE = tensor_of({{.5, .5, 0, 0}});
-  const Metrics m = metrics_for(out, 1, 4);
-  for (const auto& [name, value] : m) CHECK(std::isnan(value) == (name != "router_entropy"));
-  CHECK_THAT(m.at("router_entropy"), WithinAbs(.5, 1e-12));
+  out.plan = MergePlan{.alpha_GE = tensor_of({{.5, .5, 0, 0}, {0, 1, 0, 0}}), .group_of_token_T = choices_of({{0, 1, 0}})[0]};
+  out.scores.loss_TE = tensor_of({{.5, .5, 0, 0}, {0, 1, 0, 0}, {.5, .5, 0, 0}});
+  RoutingRecord record = record_of(input_of(3), out, 4);
+  CHECK(record.weight_E == std::vector<double>{1, 2, 0, 0});
+  const Metrics m = metrics_of(record);
+  for (const auto& [name, value] : m)
+    CHECK(std::isnan(value) == (name != "router_entropy" && name != "weight_max_over_mean" && name != "weight_effective_experts"));
+  CHECK_THAT(m.at("router_entropy"), WithinAbs(2.0 / 3 * .5, 1e-12));
+  CHECK_THAT(m.at("weight_max_over_mean"), WithinAbs(8.0 / 3, 1e-12));
+  CHECK_THAT(m.at("weight_effective_experts"), WithinAbs(std::exp(std::log(3.0) - 2.0 / 3 * std::log(2.0)), 1e-12));
+  record.add(record);
+  CHECK(record.weight_E == std::vector<double>{2, 4, 0, 0});
+  std::vector<RoutingRecord> ranks(2, record);
+  run_on_threads(2, [&](std::shared_ptr<Comm> comm) { ranks[comm->rank()].all_reduce(*comm); });
+  CHECK(ranks[1].weight_E == std::vector<double>{4, 8, 0, 0});
+  const Metrics three = metrics_of(record_of(input_of(3), out, 4, choices_of({{1, 1, 1, 0}})[0].to(at::kBool)));
+  CHECK_THAT(three.at("weight_max_over_mean"), WithinAbs(2, 1e-12));  // one expert is not there
 }
 
 TEST_CASE("Records add up in any grouping, from an empty one too") {

@@ -15,20 +15,6 @@ std::string routed_by(const std::string& router, const std::string& more = "") {
          "[moe.router]\nname = \"" + router + "\"\n" + more;
 }
 
-StepContext context_of(Mode mode) {
-  StepContext context;
-  context.mode = mode;
-  context.seed = 4;
-  context.step = 9;
-  context.total_steps = 20;
-  return context;
-}
-
-Tensor logits_of(const Model& model, const Batch& batch, const StepContext& context) {
-  const at::NoGradGuard no_grad;
-  return model.forward(batch, context).logits_BLV;
-}
-
 // The first `length[b]` columns of each sequence of a padded result, stacked.
 Tensor real_rows(const Tensor& logits_BLV, const std::vector<int64_t>& length) {
   std::vector<Tensor> rows;

@@ -7,8 +7,12 @@
 
 namespace moelab::test {
 
+std::shared_ptr<Model> model_for(const DataShape& data, const std::string& text, bool allow_noncausal_training) {
+  return make_model({parse_config(text, "tiny.toml"), data, /*seed=*/5, allow_noncausal_training});
+}
+
 std::shared_ptr<Model> model_of(const std::string& text, int64_t vocabulary, bool allow_noncausal_training) {
-  return make_model(parse_config(text, "tiny.toml"), vocabulary, /*seed=*/5, allow_noncausal_training);
+  return model_for({DataKind::kTokens, vocabulary}, text, allow_noncausal_training);
 }
 
 void shake(const Model& model, int64_t seed) {
@@ -25,6 +29,20 @@ Batch random_batch(int64_t sequences, int64_t length, int64_t vocabulary, int64_
   batch.targets_BL = text.narrow(1, 1, length).contiguous();
   batch.sequence_B = at::arange(sequences, at::kLong);
   return batch;
+}
+
+StepContext context_of(Mode mode) {
+  StepContext context;
+  context.mode = mode;
+  context.seed = 4;
+  context.step = 9;
+  context.total_steps = 20;
+  return context;
+}
+
+Tensor logits_of(const Model& model, const Batch& batch, const StepContext& context) {
+  const at::NoGradGuard no_grad;
+  return model.forward(batch, context).logits_BLV;
 }
 
 double loss_and_gradients(const Model& model, const Batch& batch, const StepContext& context) {

@@ -10,6 +10,9 @@
 
 namespace moelab::test {
 
+std::shared_ptr<Model> model_for(const DataShape& data, const std::string& text, bool allow_noncausal_training = false);
+
+// A model of tokens.
 std::shared_ptr<Model> model_of(const std::string& text, int64_t vocabulary = 11, bool allow_noncausal_training = false);
 
 // Every parameter becomes a normal draw of width 0.4 around what it was, so that norms and gates differ from their start.
@@ -17,6 +20,11 @@ void shake(const Model& model, int64_t seed = 1);
 
 // Random tokens, targets shifted by one.
 Batch random_batch(int64_t sequences, int64_t length, int64_t vocabulary = 11, int64_t seed = 3);
+
+// Step 9 of 20 with seed 4.
+StepContext context_of(Mode mode);
+
+Tensor logits_of(const Model& model, const Batch& batch, const StepContext& context);  // without gradient
 
 // Task loss plus every balance term with its coefficient; the backward pass is done.
 double loss_and_gradients(const Model& model, const Batch& batch, const StepContext& context);

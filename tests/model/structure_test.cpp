@@ -1,7 +1,6 @@
 // Names, counts, twins, per-layer overrides, and what is refused where.
 #include "model_fixture.h"
 
-#include "core/model/decoder.h"
 
 #include <ATen/ATen.h>
 #include <catch2/catch_test_macros.hpp>

@@ -45,7 +45,7 @@ double decode_error(const Tensor& a, const Tensor& b) { return ((a - b).abs().ma
 }  // namespace
 
 TEST_CASE("decoding with carried router state and key-value caches equals the full forward") {
-  const auto model = make_model(parse_config(R"(
+  const auto model = make_model({parse_config(R"(
 [model]
 layers = 3
 width = 8
@@ -57,7 +57,7 @@ dtype = "float64"
 experts = 3
 [moe.router]
 name = "test_running_sum"
-)", "probe.toml"), /*vocabulary=*/7, /*seed=*/1, false);
+)", "probe.toml"), {DataKind::kTokens, /*classes=*/7}, /*seed=*/1});
   at::manual_seed(2);
   const Tensor tokens_BL = at::randint(7, {2, 12}, at::kLong);
   Batch batch;

@@ -93,7 +93,7 @@ TEST_CASE("an objective of two passes counts the balance losses once, and its gr
   const std::shared_ptr<Comm> alone = single_comm();
   StepContext context;
   context.comm = alone.get();
-  const auto rows = [&](int64_t first, int64_t count) { return to_batch(e.data->train_batch(0, 0, first, count, 4)); };
+  const auto rows = [&](int64_t first, int64_t count) { return with_lengths(e.data->train_batch(0, 0, first, count, 4)); };
   const TwoPassByHand plain = two_passes_by_hand(*e.model, rows(0, 4), context);
   std::vector<Tensor> expected;
   for (const NamedTensor& p : e.model->trainable()) expected.push_back(p.tensor.grad().clone());

@@ -231,7 +231,7 @@ TEST_CASE("lory's decoding in any calls equals the full forward; eval = prompt k
 }
 
 TEST_CASE("a decoder with lory layers decodes token by token what its full forward gives") {
-  const auto model = make_model(parse_config(R"(
+  const auto model = make_model({parse_config(R"(
 [model]
 layers = 2
 width = 8
@@ -243,7 +243,7 @@ experts = 3
 [moe.router]
 name = "lory"
 segment_length = 3
-)", "lory.toml"), /*vocabulary=*/7, /*seed=*/1, false);
+)", "lory.toml"), {DataKind::kTokens, /*classes=*/7}, /*seed=*/1});
   {
     const at::NoGradGuard no_grad;
     for (const NamedTensor& entry : model->parameters()) entry.tensor.add_(random_tensor(4, entry.tensor.sizes()), 0.5);

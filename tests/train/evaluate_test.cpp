@@ -27,7 +27,7 @@ TEST_CASE("evaluation forms losses as training does: pooled over layers, per seq
   context.mode = Mode::kEval;
   std::vector<double> expected(2, 0);
   for (int64_t first = 0; first < 6; first += part) {
-    const Batch rows = to_batch(e.data->eval_batch(first, std::min(part, 6 - first)));
+    const Batch rows = with_lengths(e.data->eval_batch(first, std::min(part, 6 - first)));
     const ModelOutput out = sums_of_parts.model->forward(rows, context);
     const auto sums = [&](size_t site, size_t which) { return out.sites[site].statistics[0].per_scope[0].sums[which]; };
     const auto count = static_cast<double>(rows.rows());

@@ -155,7 +155,7 @@ PairedStep step_on(const Experiment& e, Comm& comm, int64_t micro_batches, bool 
   std::vector<Batch> batches;
   const int64_t count = 8 / (comm.size() * micro_batches);
   for (int64_t m = 0; m < micro_batches; ++m)
-    batches.push_back(to_batch(e.data->train_batch(3, 0, (comm.rank() * micro_batches + m) * count, count, 8)));
+    batches.push_back(with_lengths(e.data->train_batch(3, 0, (comm.rank() * micro_batches + m) * count, count, 8)));
   e.model->zero_grad();
   PairedStep out{compute_step(*e.model, *make_objective(e.train.objective, e.train.objective_options), batches, context, false), {}};
   out.gradients = gradients_of(*e.model);

@@ -31,7 +31,7 @@ std::vector<Batch> batches_of(const Experiment& e, int rank, StepCut cut, bool p
   const int64_t count = kBatch / (cut.ranks * cut.micro_batches);
   std::vector<Batch> batches;
   for (int64_t m = 0; m < cut.micro_batches; ++m) {
-    Batch batch = to_batch(e.data->train_batch(3, 0, (rank * cut.micro_batches + m) * count, count, kBatch));
+    Batch batch = with_lengths(e.data->train_batch(3, 0, (rank * cut.micro_batches + m) * count, count, kBatch));
     batches.push_back(padded ? ragged(batch) : batch);
   }
   return batches;
@@ -98,6 +98,23 @@ RoutedCase independent_case() {
                   RoutedCase{"switch"}, RoutedCase{"gshard"}, RoutedCase{"gshard", "", {"moe.router.second_expert=gumbel"}},
                   RoutedCase{"frozen"}, RoutedCase{"random"}, RoutedCase{"uniform"},
                   RoutedCase{"switch", "", {"moe.capacity.mode=factor", "moe.capacity.scope=sequence", "moe.capacity.factor=0.8"}});
+}
+
+TEST_CASE("a classifier's step equals itself cut into micro-batches and thread ranks, in float64") {
+  const std::string model = GENERATE("patches", "mlp");
+  const RoutedCase routed = GENERATE(
+      RoutedCase{"softmax_topk", kAllLosses}, RoutedCase{"vmoe"}, RoutedCase{"soft_moe"}, RoutedCase{"smear"},
+      RoutedCase{"expert_choice", "", {"moe.capacity.mode=factor", "moe.capacity.scope=sequence"}},
+      RoutedCase{"softmax_topk", "[[loss]]\nname = \"balance\"\ncoefficient = 0.3\nscope = \"sequence\"\n"});
+  CAPTURE(model, routed.router);
+  const auto make = [&] {
+    std::vector<std::string> set = routed.set;
+    set.push_back("model.dtype=float64");
+    return tiny_classifier(model, routed.router, set, routed.losses);
+  };
+  const StepOutcome whole = step_of(make, {});
+  CHECK(whole.result.target_tokens == kBatch);
+  for (const StepCut cut : {StepCut{1, 4}, StepCut{2, 1}, StepCut{2, 2}}) check_equal(step_of(make, cut), whole, 1e-11);
 }
 
 TEST_CASE("a step equals itself cut into micro-batches, thread ranks and both, in float64") {
@@ -306,7 +323,7 @@ TEST_CASE("evaluations and observers between steps change no bit of a run") {
   CAPTURE(router);
   const Tensors plain = trained(tiny_experiment(router));
   const Experiment watched = tiny_experiment(router, {"eval.every=1", "train.steps=12"});
-  CuriousObserver curious(to_batch(watched.data->eval_batch(0, 2)));
+  CuriousObserver curious(with_lengths(watched.data->eval_batch(0, 2)));
   CHECK(bitwise_equal(trained(watched, {&curious}), plain));
 }
 

@@ -21,7 +21,7 @@ Experiment streaming(const std::string& loss, const std::string& scope) {
 // The sequences named, the s-th cut to 12 - 3·(s mod 4) tokens.
 Batch sequences_of(const Experiment& e, const std::vector<int64_t>& ids) {
   const Tensor id_B = at::tensor(ids, at::kLong);
-  Batch batch = to_batch(e.data->train_batch(3, 0, 0, 8, 8));
+  Batch batch = with_lengths(e.data->train_batch(3, 0, 0, 8, 8));
   for (Tensor* part : {&batch.tokens_BL, &batch.targets_BL, &batch.sequence_B}) *part = part->index_select(0, id_B);
   batch.length_B = (kStreamContext - batch.sequence_B.remainder(4) * 3).contiguous();
   const Tensor past_BL = at::arange(kStreamContext, at::kLong).unsqueeze(0).ge(batch.length_B.unsqueeze(1));

@@ -51,6 +51,36 @@ lr = 0.01
   return load_experiment(parse_config(text, "tiny.toml", more));
 }
 
+// The same for a classifier: "patches" on sixteen-pixel images that the tests make (test_images.cpp), or "mlp" on clusters.
+inline Experiment tiny_classifier(const std::string& model, const std::string& router, std::vector<std::string> more = {},
+                                  const std::string& losses = "") {
+  const bool images = model == "patches";
+  const std::string text = fmt::format(R"(
+seed = 3
+[model]
+name = "{}"
+layers = 2
+width = 16
+{}
+[moe]
+experts = 4
+[moe.router]
+name = "{}"
+[moe.expert]
+width = 8
+[data]
+name = "{}"
+{}
+[train]
+steps = 12
+batch = 8
+log_every = 4
+[optimizer]
+lr = 0.01
+{})", model, images ? "heads = 2\npatch = 2" : "", router, images ? "test_images" : "clusters", images ? "" : "validation_vectors = 20", losses);
+  return load_experiment(parse_config(text, "tiny.toml", more));
+}
+
 // Normal draws around every initial value, so that loads are uneven and no norm or gate is at its start. Its generator is its
 // own: ranks are threads.
 inline void shake(const Model& model) {

@@ -1,0 +1,89 @@
+// Classifiers learn, are evaluated as a whole whatever the cut, and have no bits per byte.
+#include "train_support.h"
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+
+#include <cmath>
+
+namespace moelab::test {
+namespace {
+
+// Clusters whose classes a single linear map cannot tell: chance is 1/4.
+TEST_CASE("a classifier of vectors learns clusters, and never beats the predictor that knows the source") {
+  const std::string router = GENERATE("softmax_topk", "soft_moe", "expert_choice", "domain");
+  CAPTURE(router);
+  std::vector<std::string> set{"train.steps=300", "train.batch=64", "moe.experts=8", "moe.expert.width=32", "model.width=32",
+                               "data.validation_vectors=1000", "optimizer.lr=0.01", "schedule.warmup_steps=20"};
+  if (router == "expert_choice") set.push_back("moe.router.group=micro");
+  if (router == "domain") set.push_back("moe.router.domains=8");
+  const Experiment e = tiny_classifier("mlp", router, set);
+  Trainer trainer = trainer_of(e);
+  trainer.run();
+  const Evaluation& found = trainer.last_evaluation();
+  CHECK(found.tokens == 1000);
+  CHECK(trainer.tokens() == 300 * 64);
+  CHECK(found.accuracy > 0.7);
+  CHECK(found.loss > e.data->known_entropy_bits() * std::log(2.0));
+  CHECK(std::isnan(found.bits_per_byte));
+}
+
+// Forty noisy images can be learned by heart.
+TEST_CASE("a classifier of images learns its training images by heart") {
+  const std::string router = GENERATE("softmax_topk", "soft_moe");
+  const Experiment e = tiny_classifier("patches", router, {"train.steps=150", "train.batch=16"});
+  Trainer trainer = trainer_of(e);
+  trainer.run();
+  CHECK(trainer.last_window().metrics().at("loss") < 0.2);  // ln 3 = 1.1 at the start
+}
+
+TEST_CASE("the evaluation of a classifier does not depend on its batches or on the ranks that share it") {
+  const std::string model = GENERATE("patches", "mlp");
+  const auto evaluation = [&](int64_t batch, int ranks) {
+    std::vector<Evaluation> all(static_cast<size_t>(ranks));
+    run_on_threads(ranks, [&](std::shared_ptr<Comm> comm) {
+      const Experiment e = tiny_classifier(model, "softmax_topk", {"model.dtype=float64"});
+      shake(*e.model);
+      all[static_cast<size_t>(comm->rank())] = evaluate(*e.model, *e.data, {0, batch, 3}, *comm);
+    });
+    return all.front();
+  };
+  const Evaluation whole = evaluation(100, 1);
+  CHECK(whole.tokens == (model == "patches" ? 10 : 20));
+  CHECK(whole.records[0].rows == (model == "patches" ? 40 : 20));  // four patches of an image
+  for (const Evaluation& cut : {evaluation(3, 1), evaluation(4, 2)}) {
+    CHECK(far(cut.loss, whole.loss) < 1e-11);
+    CHECK(cut.accuracy == whole.accuracy);
+    CHECK(cut.records[1].chosen_E == whole.records[1].chosen_E);
+    CHECK(far(cut.terms[0].at(0).value, whole.terms[0].at(0).value) < 1e-11);
+  }
+}
+
+TEST_CASE("paired passes of thor agree about a class as they do about a token") {
+  const Experiment e = tiny_classifier("patches", "thor", {"objective.name=paired_consistency"});
+  Trainer trainer = trainer_of(e);
+  trainer.run();
+  const std::map<std::string, double> metrics = trainer.last_window().metrics();
+  CHECK(metrics.at("consistency") > 0);
+  CHECK(std::isfinite(metrics.at("loss")));
+}
+
+std::string classifier_refusal(const std::string& model, const std::string& router, const std::vector<std::string>& set) {
+  try {
+    tiny_classifier(model, router, set);
+    return "";
+  } catch (const Error& error) {
+    CHECK(error.code() == ExitCode::kUsage);
+    return error.what();
+  }
+}
+
+TEST_CASE("routers that need what images and vectors do not have are refused at their name") {
+  CHECK(classifier_refusal("patches", "hash", {}).find("tiny.toml:12:1: router 'hash' needs token ids") == 0);
+  CHECK(classifier_refusal("patches", "hash", {"moe.router.vocabulary=9"}) == "tiny.toml:12:1: router 'hash' needs token ids, which images do not have");
+  CHECK(classifier_refusal("mlp", "stablemoe", {"moe.router.vocabulary=9"}) == "tiny.toml:11:1: router 'stablemoe' needs token ids, which vectors do not have");
+  CHECK(classifier_refusal("patches", "domain", {}).find("tiny.toml:12:1: router 'domain' needs domain labels, which these data do not have") == 0);
+}
+
+}  // namespace
+}  // namespace moelab::test
