@@ -181,7 +181,8 @@ TEST_CASE("1.3 GShard's second place in Mesh TensorFlow adds half of the same su
   const Rows logits = {{2, 1, 0}, {1.5, 1.4, -1}, {.2, .1, 0}, {3, -1, 2}};
   const RouteOutput out = noisy_topk_decision(tensor_of(logits), {}, {}, 2);
   const Choices choices = {{0, 1}, {0, 1}, {0, 1}, {0, 2}};
-  const double first = plain_balance(choices, plain_softmax(logits), 1), second = plain_second_place(choices, plain_softmax(logits));
+  const double first = plain_balance(choices, plain_softmax(logits), 1);
+  const double second = plain_second_place(choices, plain_softmax(logits));
   constexpr double guard = 1e-8;  // the code divides by what is left + 1e-9
   CHECK_THAT(value_of(*loss, input_of(4), out, 3).item<double>(), WithinRel(first + 0.5 * second, guard));
   CHECK(plain->landmarks(8, 2).balance == 1);  // off unless asked for
@@ -194,22 +195,26 @@ TEST_CASE("1.3 GShard's second place in Mesh TensorFlow adds half of the same su
 }
 
 TEST_CASE("1.3 default coefficients: those of the papers, a router's own before those of the loss") {
-  const std::map<std::string, double> of_loss{{"importance", 0.1}, {"load", 0.1},         {"balance", 1e-2},       {"z", 1e-3},
-                                              {"entropy", 1e-4},   {"distillation", 1},   {"stablemoe_balance", 0.3}, {"diversity", 1e-2},
-                                              {"simplicity", 1e-2}, {"efficiency", 1e-2}, {"dynmoe_balance", 1e-2}};
+  const std::map<std::string, double> of_loss{
+      {"importance", 0.1},        {"load", 0.1},       {"balance", 1e-2},    {"z", 1e-3},          {"entropy", 1e-4},       {"distillation", 1},
+      {"stablemoe_balance", 0.3}, {"diversity", 1e-2}, {"simplicity", 1e-2}, {"efficiency", 1e-2}, {"dynmoe_balance", 1e-2}};
   for (const auto& [name, coefficient] : of_loss) {
     INFO(name);
     CHECK(Registry<LossEntry>::instance().find(name).coefficient == coefficient);
   }
   using Terms = std::map<std::string, double>;
-  const std::map<std::string, Terms> of_router{{"noisy_topk", {{"importance", 0.1}, {"load", 0.1}}},   {"vmoe", {{"importance", 0.005}, {"load", 0.005}}},
-                                               {"switch", {{"balance", 1e-2}}},                        {"gshard", {{"balance", 1e-2}}},
-                                               {"stablemoe", {{"stablemoe_balance", 0.3}, {"distillation", 1}}}, {"top_p", {{"balance", 1e-2}, {"entropy", 1e-4}}},
+  const std::map<std::string, Terms> of_router{{"noisy_topk", {{"importance", 0.1}, {"load", 0.1}}},
+                                               {"vmoe", {{"importance", 0.005}, {"load", 0.005}}},
+                                               {"switch", {{"balance", 1e-2}}},
+                                               {"gshard", {{"balance", 1e-2}}},
+                                               {"stablemoe", {{"stablemoe_balance", 0.3}, {"distillation", 1}}},
+                                               {"top_p", {{"balance", 1e-2}, {"entropy", 1e-4}}},
                                                {"dynmoe", {{"diversity", 1e-2}, {"simplicity", 1e-2}}}};
   for (const auto& [name, expected] : of_router) {
     INFO(name);
     Terms found;
-    for (const PaperLoss& paper : Registry<RouterEntry>::instance().find(name).paper_losses) found[paper.name] = paper.coefficient;
+    const RouterEntry& router = Registry<RouterEntry>::instance().find(name);
+    for (const PaperLoss& paper : router.paper_losses) found[paper.name] = paper.coefficient;
     CHECK(found == expected);
   }
 }

@@ -59,27 +59,49 @@ double dual_value(const std::vector<std::vector<double>>& score, std::vector<dou
     sum += best;
   }
   std::sort(price.rbegin(), price.rend());
-  for (size_t e = 0; e < price.size(); ++e) sum += price[e] * static_cast<double>(score.size() / price.size() + (e < score.size() % price.size()));
+  for (size_t e = 0; e < price.size(); ++e)
+    sum += price[e] * static_cast<double>(score.size() / price.size() + (e < score.size() % price.size()));
   return sum;
 }
 
 Layer base_layer(std::map<std::string, std::string> options, bool train = true) {
-  return {.router = "base", .experts = 3, .activation = "gelu", .losses = {{"balance", 0.2}, {"z", 0.1}}, .train = train, .options = std::move(options)};
+  return {.router = "base",
+          .experts = 3,
+          .activation = "gelu",
+          .losses = {{"balance", 0.2}, {"z", 0.1}},
+          .train = train,
+          .options = std::move(options)};
 }
 
 }  // namespace
 
 TEST_CASE("route agrees with plain loops for vmoe: noise 1/E, its own conventions of both losses, batch priority with drops") {
-  const Capacity priority{.mode = "factor", .factor = 0.5, .times_k = true, .multiple_of = 4, .scope = "micro", .priority = "batch"};
-  agree_choosing({.router = "vmoe", .activation = "gelu", .bias = true, .capacity = priority, .losses = {{"importance", 0.3}, {"load", 0.4}}});
-  agree_choosing({.router = "vmoe", .k = 1, .capacity = {.mode = "absolute", .value = 2, .priority = "batch"}, .losses = {{"importance", 0.3}, {"load", 0.4}}}, 2);
-  agree_choosing({.router = "vmoe", .noise = "normal", .noise_std = 0.6, .losses = {{"balance", 0.2, "sequence", {{"probabilities", "noisy"}}}}});
+  const Capacity priority{
+      .mode = "factor", .factor = 0.5, .times_k = true, .multiple_of = 4, .scope = "micro", .priority = "batch"};
+  agree_choosing({.router = "vmoe",
+                  .activation = "gelu",
+                  .bias = true,
+                  .capacity = priority,
+                  .losses = {{"importance", 0.3}, {"load", 0.4}}});
+  agree_choosing({.router = "vmoe",
+                  .k = 1,
+                  .capacity = {.mode = "absolute", .value = 2, .priority = "batch"},
+                  .losses = {{"importance", 0.3}, {"load", 0.4}}},
+                 2);
+  agree_choosing({.router = "vmoe",
+                  .noise = "normal",
+                  .noise_std = 0.6,
+                  .losses = {{"balance", 0.2, "sequence", {{"probabilities", "noisy"}}}}});
   agree_choosing({.router = "vmoe", .capacity = priority, .losses = {{"load", 0.4}, {"importance", 0.1}}, .train = false});
 }
 
 TEST_CASE("route with mode = \"paper\" takes vmoe's capacity: ceil(n·k·1.05/E), up to a multiple of 4, batch priority") {
-  Layer layer{.router = "vmoe", .experts = 5, .k = 1, .width = 3,
-              .capacity = {.mode = "factor", .factor = 1.05, .times_k = true, .multiple_of = 4, .scope = "micro", .priority = "batch"}};
+  Layer layer{
+      .router = "vmoe",
+      .experts = 5,
+      .k = 1,
+      .width = 3,
+      .capacity = {.mode = "factor", .factor = 1.05, .times_k = true, .multiple_of = 4, .scope = "micro", .priority = "batch"}};
   Arrays arrays = random_inputs(layer, {.rows = 20});
   for (size_t t = 0; t < 20; ++t) arrays["x"].value[t * 4] = 1.0 + 0.01 * static_cast<double>(t);
   for (size_t d = 0; d < 4; ++d) arrays["router.weight"].value[d] = d == 0 ? 3 : 0;  // most rows want expert 0
@@ -153,29 +175,49 @@ TEST_CASE("route of base with --end-step: the prices are an optimal dual solutio
   CHECK(std::abs(dual_value(score, price) - value_of_choice(score, choice_by_row(run))) < 1e-10);
   CHECK(dual_value(score, {0, 0, 0}) > value_of_choice(score, choice_by_row(run)) + 1e-3);  // the bound tells prices apart
   CHECK(numbers(run.tensors.at("after.router.weight")) == arrays.at("router.weight").value);
-  CHECK(numbers(run_layer(base_layer({}, false), arrays, "--end-step").tensors.at("after.router.prices")) == arrays.at("router.prices").value);
+  CHECK(numbers(run_layer(base_layer({}, false), arrays, "--end-step").tensors.at("after.router.prices")) ==
+        arrays.at("router.prices").value);
 }
 
 TEST_CASE("route agrees with plain loops for expert_choice: groups, both normalisations, noise, both modes") {
-  const std::vector<oracle::LossCase> losses{{"z", 0.1}, {"balance", 0.2, "step", {{"counts", "any_choice"}, {"divide_by_k", "true"}}}};
-  agree_choosing({.router = "expert_choice", .activation = "gelu", .capacity = {.mode = "factor", .factor = 1.4}, .losses = losses});
-  agree_choosing({.router = "expert_choice", .noise = "normal", .noise_std = -1,
-                  .capacity = {.mode = "absolute", .value = 2, .scope = "micro"}, .losses = losses, .options = {{"score_norm", "tokens"}}});
-  agree_choosing({.router = "expert_choice", .capacity = {.mode = "token_fraction", .factor = 0.3}, .losses = losses, .train = false,
+  const std::vector<oracle::LossCase> losses{{"z", 0.1},
+                                             {"balance", 0.2, "step", {{"counts", "any_choice"}, {"divide_by_k", "true"}}}};
+  agree_choosing(
+      {.router = "expert_choice", .activation = "gelu", .capacity = {.mode = "factor", .factor = 1.4}, .losses = losses});
+  agree_choosing({.router = "expert_choice",
+                  .noise = "normal",
+                  .noise_std = -1,
+                  .capacity = {.mode = "absolute", .value = 2, .scope = "micro"},
+                  .losses = losses,
+                  .options = {{"score_norm", "tokens"}}});
+  agree_choosing({.router = "expert_choice",
+                  .capacity = {.mode = "token_fraction", .factor = 0.3},
+                  .losses = losses,
+                  .train = false,
                   .options = {{"score_norm", "tokens"}, {"group", "sequence"}}});
-  agree_choosing({.router = "expert_choice", .capacity = {.mode = "factor", .factor = 2, .round = "round"}, .train = false,
+  agree_choosing({.router = "expert_choice",
+                  .capacity = {.mode = "factor", .factor = 2, .round = "round"},
+                  .train = false,
                   .options = {{"group", "time_step"}}});
 }
 
 TEST_CASE("route agrees with every selection tried for expert_choice with a cap per row") {
   for (const auto& [cap, factor] : std::map<std::string, double>{{"1", 0.8}, {"2", 1.7}})
-    agree_choosing({.router = "expert_choice", .experts = 3, .capacity = {.mode = "factor", .factor = factor},
-                    .options = {{"cap_per_token", cap}, {"cap_iterations", "2000"}}}, 3);
+    agree_choosing({.router = "expert_choice",
+                    .experts = 3,
+                    .capacity = {.mode = "factor", .factor = factor},
+                    .options = {{"cap_per_token", cap}, {"cap_iterations", "2000"}}},
+                   3);
 }
 
-TEST_CASE("route agrees with plain loops for expert_choice by thresholds in evaluation, with drops, and moves them in end_step") {
-  agree_choosing({.router = "expert_choice", .capacity = {.mode = "absolute", .value = 2, .priority = "score"},
-                  .losses = {{"importance", 0.2}}, .train = false, .options = {{"eval", "thresholds"}}});
-  const Layer layer{.router = "expert_choice", .capacity = {.mode = "factor", .factor = 1.4}, .options = {{"threshold_rate", "0.3"}}};
+TEST_CASE(
+    "route agrees with plain loops for expert_choice by thresholds in evaluation, with drops, and moves them in end_step") {
+  agree_choosing({.router = "expert_choice",
+                  .capacity = {.mode = "absolute", .value = 2, .priority = "score"},
+                  .losses = {{"importance", 0.2}},
+                  .train = false,
+                  .options = {{"eval", "thresholds"}}});
+  const Layer layer{
+      .router = "expert_choice", .capacity = {.mode = "factor", .factor = 1.4}, .options = {{"threshold_rate", "0.3"}}};
   expect_agreement_after_step(layer, random_inputs(layer));
 }

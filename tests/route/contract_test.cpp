@@ -40,16 +40,20 @@ TEST_CASE("route without a mode is route --eval, and a scalar is written as [1] 
 }
 
 TEST_CASE("route without sequence_ids takes all rows for one sequence (contract 5)") {
-  const Layer layer{.router = "softmax_topk", .capacity = {.mode = "factor", .factor = 0.7}, .losses = {{"balance", 0.2, "sequence"}}};
+  const Layer layer{
+      .router = "softmax_topk", .capacity = {.mode = "factor", .factor = 0.7}, .losses = {{"balance", 0.2, "sequence"}}};
   expect_agreement(layer, random_inputs(layer, {.sequences = false}));
 }
 
 TEST_CASE("route takes what [moe.capacity.eval] does not say from [moe.capacity] (contract 1)") {
-  Layer layer{.router = "softmax_topk", .capacity = {.mode = "absolute", .value = 2, .scope = "micro", .priority = "score"}, .train = false};
+  Layer layer{.router = "softmax_topk",
+              .capacity = {.mode = "absolute", .value = 2, .scope = "micro", .priority = "score"},
+              .train = false};
   const Arrays arrays = random_inputs(layer);
   std::string text = toml_of(layer);
   const size_t table = text.find("[moe.capacity.eval]");
-  text = text.substr(0, table) + "[moe.capacity]\nmode = \"absolute\"\nvalue = 9\nscope = \"micro\"\npriority = \"position\"\n" +
+  text = text.substr(0, table) +
+         "[moe.capacity]\nmode = \"absolute\"\nvalue = 9\nscope = \"micro\"\npriority = \"position\"\n" +
          "[moe.capacity.eval]\nvalue = 2\npriority = \"score\"\n";
   expect_agreement(run_text(text, arrays, "--grad"), layer, arrays);
 }
@@ -59,26 +63,36 @@ TEST_CASE("route with losses = \"none\" or any [[loss]] computes none of the rou
   expect_agreement(layer, random_inputs(layer));  // none
   layer.losses = {{"z", 0.3}};
   expect_agreement(layer, random_inputs(layer));  // this one alone
-  const RouteRun paper = run_text("[moe]\nexperts = 4\n[moe.router]\nname = \"dynmoe\"\n[moe.expert]\nwidth = 3\n", random_inputs(layer), "--train");
+  const RouteRun paper = run_text("[moe]\nexperts = 4\n[moe.router]\nname = \"dynmoe\"\n[moe.expert]\nwidth = 3\n",
+                                  random_inputs(layer), "--train");
   CHECK((paper.tensors.count("loss.diversity") == 1 && paper.tensors.count("loss.simplicity") == 1));
 }
 
-TEST_CASE("route computes Mesh TensorFlow's loss of second choices for gshard, before any policy and any drop (routers.md 1.3)") {
+TEST_CASE(
+    "route computes Mesh TensorFlow's loss of second choices for gshard, before any policy and any drop (routers.md 1.3)") {
   for (const std::string policy : {"random_2g", "gumbel"}) {
-    const Layer layer{.router = "gshard", .second_expert = policy, .capacity = {.mode = "absolute", .value = 2},
-                      .losses = {{"balance", 0.3, "step", {{"second_place", "0.5"}}}, {"balance", 0.2, "sequence", {{"second_place", "0.25"}, {"probabilities", "noisy"}}, "by_sequence"}}};
+    const Layer layer{
+        .router = "gshard",
+        .second_expert = policy,
+        .capacity = {.mode = "absolute", .value = 2},
+        .losses = {{"balance", 0.3, "step", {{"second_place", "0.5"}}},
+                   {"balance", 0.2, "sequence", {{"second_place", "0.25"}, {"probabilities", "noisy"}}, "by_sequence"}}};
     expect_agreement(layer, random_inputs(layer));
   }
 }
 
 TEST_CASE("route says which ids a router reads where the file lacks them (contract 5)") {
-  for (const auto& [router, channel] : std::map<std::string, std::string>{{"hash", "token_ids"}, {"stablemoe", "token_ids"}, {"domain", "domain"}}) {
-    const Layer layer{.router = router, .options = router == "stablemoe" ? std::map<std::string, std::string>{{"distill_dim", "3"}} : std::map<std::string, std::string>{}};
+  for (const auto& [router, channel] :
+       std::map<std::string, std::string>{{"hash", "token_ids"}, {"stablemoe", "token_ids"}, {"domain", "domain"}}) {
+    const Layer layer{.router = router,
+                      .options = router == "stablemoe" ? std::map<std::string, std::string>{{"distill_dim", "3"}}
+                                                       : std::map<std::string, std::string>{}};
     Arrays arrays = random_inputs(layer);
     arrays.erase(channel);
     const RouteRun run = run_layer(layer, arrays);
     CHECK(run.code == 2);
-    CHECK(run.err == "moelab: 'in.safetensors' lacks the tensor '" + channel + "' [T], which the router '" + router + "' reads\n");
+    CHECK(run.err ==
+          "moelab: 'in.safetensors' lacks the tensor '" + channel + "' [T], which the router '" + router + "' reads\n");
     CHECK_FALSE(run.wrote);
   }
 }

@@ -11,7 +11,8 @@ namespace {
 using oracle::Array;
 using oracle::Layer;
 
-const std::set<std::string> kOwnOracles{"base", "expert_choice", "hash", "stablemoe", "thor", "domain", "top_p", "dynmoe", "sigmoid_topk"};
+const std::set<std::string> kOwnOracles{"base",   "expert_choice", "hash",   "stablemoe",   "thor",
+                                        "domain", "top_p",         "dynmoe", "sigmoid_topk"};
 constexpr int64_t kTokens = 6, kDomains = 5;
 
 int64_t entries(const std::vector<int64_t>& shape) {
@@ -124,7 +125,6 @@ class MethodInputs {
   int64_t rows_, experts_;
 };
 
-
 }  // namespace
 
 bool has_own_oracle(const Layer& layer) { return kOwnOracles.count(layer.router) > 0; }
@@ -144,6 +144,8 @@ std::string method_keys(const Layer& layer) {
   return text;
 }
 
-void add_method_inputs(const Layer& layer, std::mt19937_64& random, oracle::Arrays& arrays) { MethodInputs(layer, random, arrays).add(); }
+void add_method_inputs(const Layer& layer, std::mt19937_64& random, oracle::Arrays& arrays) {
+  MethodInputs(layer, random, arrays).add();
+}
 
 }  // namespace moelab::testing

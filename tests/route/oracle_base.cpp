@@ -18,7 +18,8 @@ Loads loads_of(const Layer& layer, int64_t rows) {
   const int64_t extra = rows % layer.experts;
   Loads loads{std::vector<int64_t>(layer.experts, rows / layer.experts), 0};
   const std::string rule = layer.option("extra_slots", "best");
-  for (int64_t i = 0; rule != "best" && i < extra; ++i) ++loads.least[((rule == "rotate" ? layer.step : 0) + i) % layer.experts];
+  for (int64_t i = 0; rule != "best" && i < extra; ++i)
+    ++loads.least[((rule == "rotate" ? layer.step : 0) + i) % layer.experts];
   if (rule == "best") loads.free = extra;
   return loads;
 }
@@ -108,7 +109,8 @@ std::vector<int64_t> evaluation_choice(const Layer& layer, const Inputs& in, con
   const Vec price = in.vector("router.prices");
   std::vector<int64_t> choice;
   for (Vec score : d.noisy) {
-    for (size_t e = 0; layer.option("eval", "greedy") == "greedy_with_prices" && e < score.size(); ++e) score[e] = score[e] - price[e];
+    for (size_t e = 0; layer.option("eval", "greedy") == "greedy_with_prices" && e < score.size(); ++e)
+      score[e] = score[e] - price[e];
     choice.push_back(best_of(score, {}));
   }
   return choice;

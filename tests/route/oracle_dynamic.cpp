@@ -113,7 +113,8 @@ Arrays dynmoe_after_window(const Layer& layer, const Inputs& in, const Rows& row
     for (const int64_t e : d.choice[t]) ++activations[e];
     for (size_t i = 0; d.choice[t].empty() && i < unrouted.size(); ++i) unrouted[i] += in.matrix("x")[rows.file_row[t]][i];
   }
-  Arrays after{{"router.weight", in.arrays.at("router.weight")}, {"router.thresholds", in.arrays.at("router.thresholds")},
+  Arrays after{{"router.weight", in.arrays.at("router.weight")},
+               {"router.thresholds", in.arrays.at("router.thresholds")},
                {"router.mask", in.arrays.at("router.mask")}};
   std::vector<double>& mask = after["router.mask"].value;
   for (size_t e = 0; e < mask.size(); ++e)

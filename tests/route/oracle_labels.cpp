@@ -17,7 +17,8 @@ std::vector<int64_t> thor_choice(const Layer& layer, const Inputs& in, const Row
   std::vector<int64_t> all;
   for (int64_t e = 0; e < layer.experts; ++e) all.push_back(e);
   if (!layer.train && inference == "ensemble") return all;
-  const std::string granularity = layer.train ? layer.option("granularity", "batch") : layer.option("inference_granularity", "token");
+  const std::string granularity =
+      layer.train ? layer.option("granularity", "batch") : layer.option("inference_granularity", "token");
   return {static_cast<int64_t>(in.at("noise", draw_of(granularity, rows, t)).v)};
 }
 

@@ -6,14 +6,16 @@
 
 namespace moelab::oracle {
 
-Vec last_chosen_scores(const Layer& layer, const Inputs& in, const Rows& rows);
-Arrays dynmoe_after_window(const Layer& layer, const Inputs& in, const Rows& rows);
-
 Decide method_of(const Layer& layer) {
-  const std::map<std::string, Decide> methods{
-      {"base", decide_base},     {"expert_choice", decide_expert_choice}, {"hash", decide_hash},
-      {"thor", decide_thor},     {"stablemoe", decide_stablemoe},         {"domain", decide_domain},
-      {"top_p", decide_top_p},   {"dynmoe", decide_dynmoe},               {"sigmoid_topk", decide_sigmoid_topk}};
+  const std::map<std::string, Decide> methods{{"base", decide_base},
+                                              {"expert_choice", decide_expert_choice},
+                                              {"hash", decide_hash},
+                                              {"thor", decide_thor},
+                                              {"stablemoe", decide_stablemoe},
+                                              {"domain", decide_domain},
+                                              {"top_p", decide_top_p},
+                                              {"dynmoe", decide_dynmoe},
+                                              {"sigmoid_topk", decide_sigmoid_topk}};
   const auto found = methods.find(layer.router);
   return found == methods.end() ? nullptr : found->second;
 }

@@ -61,6 +61,10 @@ Decision decide_top_p(const Layer& layer, const Inputs& in, const Rows& rows);
 Decision decide_dynmoe(const Layer& layer, const Inputs& in, const Rows& rows);
 Decision decide_sigmoid_topk(const Layer& layer, const Inputs& in, const Rows& rows);
 
+// What two of them leave after a step.
+Vec last_chosen_scores(const Layer& layer, const Inputs& in, const Rows& rows);  // [E], the mean over groups of the smallest
+Arrays dynmoe_after_window(const Layer& layer, const Inputs& in, const Rows& rows);  // of one step
+
 // Steps that the methods share.
 Decision scored(const Layer& layer, const Inputs& in, const Rows& rows);  // logits and probabilities of x·weightᵀ, no choice
 // The next row's: the gates are what priorities read, then renormalised where the layer says before_drop.
@@ -72,7 +76,8 @@ std::vector<int64_t> top(const Vec& score, int64_t k);
 int64_t places(const Layer& layer, int64_t n, int64_t k);                 // of an expert in a scope of n rows
 void apply_capacity(const Layer& layer, const Inputs& in, const Rows& rows, Decision& decision);
 
-std::optional<Dual> method_loss(const LossCase& loss, const Layer& layer, const Decision& decision, const std::vector<size_t>& of);
+// Of a loss that belongs to one method.
+std::optional<Dual> method_loss(const LossCase& loss, const Layer& layer, const Decision& d, const std::vector<size_t>& of);
 Dual loss_value(const LossCase& loss, const Layer& layer, const Rows& rows, const Decision& decision);
 Vec load(const Layer& layer, const Decision& decision, const std::vector<size_t>& of, bool include_self);
 Vec importance(const Layer& layer, const Decision& decision, const std::vector<size_t>& of, bool gates);

@@ -6,7 +6,9 @@
 namespace moelab::oracle {
 namespace {
 
-int64_t token_of(const Inputs& in, const Rows& rows, size_t t) { return static_cast<int64_t>(in.at("token_ids", rows.file_row[t]).v); }
+int64_t token_of(const Inputs& in, const Rows& rows, size_t t) {
+  return static_cast<int64_t>(in.at("token_ids", rows.file_row[t]).v);
+}
 
 // Rows of the same sequence before row t, the nearest first; after it with `forwards`.
 std::vector<size_t> neighbours(const Rows& rows, size_t t, bool forwards) {
@@ -48,7 +50,8 @@ Decision decide_hash(const Layer& layer, const Inputs& in, const Rows& rows) {
   for (size_t t = 0; t < rows.count(); ++t) {
     std::vector<int64_t> choice;
     for (size_t j = 0; j < k && layer.given_choice.empty(); ++j)
-      choice.push_back(static_cast<int64_t>(in.at("router.table", line_of(layer.option("kind", "balanced"), in, rows, t) * k + j).v));
+      choice.push_back(
+          static_cast<int64_t>(in.at("router.table", line_of(layer.option("kind", "balanced"), in, rows, t) * k + j).v));
     if (!layer.given_choice.empty()) choice = {layer.given_choice[t]};
     add_choice(layer, d, choice, Vec(choice.size(), Dual(1)));
   }

@@ -167,7 +167,9 @@ class Comparison {
     CHECK(error_between(numbers(run_.tensors.at(name)), expected) <= tolerance_);
   }
   size_t count_of(const std::string& prefix) const {
-    return static_cast<size_t>(std::count_if(run_.tensors.begin(), run_.tensors.end(), [&](const auto& entry) { return entry.first.starts_with(prefix); }));
+    size_t count = 0;
+    for (const auto& entry : run_.tensors) count += entry.first.starts_with(prefix);
+    return count;
   }
   void absent(const std::string& name) const {
     INFO("tensor " << name);
@@ -256,7 +258,8 @@ RouteRun RouteFolder::run_bare(const std::string& arguments) const {
 }
 
 std::string toml_of(const Layer& layer) {
-  std::string text = fmt::format("[moe]\nexperts = {}\nmax_experts = {}\n", layer.active > 0 ? layer.active : layer.experts, layer.experts);
+  const int64_t active = layer.active > 0 ? layer.active : layer.experts;
+  std::string text = fmt::format("[moe]\nexperts = {}\nmax_experts = {}\n", active, layer.experts);
   if (layer.losses.empty()) text += "losses = \"none\"\n";
   text += "[moe.router]\n" + router_keys(layer) + "[moe.noise]\n" + noise_keys(layer);
   text += fmt::format("[moe.expert]\nname = \"ffn\"\nactivation = \"{}\"\nwidth = {}\nbias = {}\n", layer.activation, layer.width, layer.bias);

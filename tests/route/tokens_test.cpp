@@ -18,10 +18,16 @@ const Capacity kTwoEach{.mode = "absolute", .value = 2};
 
 void agree_by_ids(const Layer& layer, uint64_t seed = 1) { expect_agreement(layer, random_inputs(layer, {}, seed)); }
 
-Layer stable_layer(const std::string& distilled, int64_t step, std::map<std::string, std::string> more = {}, bool train = true) {
+Layer stable_layer(const std::string& distilled, int64_t step, std::map<std::string, std::string> more = {},
+                   bool train = true) {
   more.insert({{"distilled", distilled}, {"distill_dim", "3"}, {"stage1_steps", "10"}});
-  return {.router = "stablemoe", .activation = "gelu", .bias = true, .capacity = {.mode = "factor", .factor = 1, .scope = "micro"},
-          .losses = {{"stablemoe_balance", 0.3}, {"distillation", 0.7, "sequence"}, {"z", 0.1}}, .train = train, .options = std::move(more),
+  return {.router = "stablemoe",
+          .activation = "gelu",
+          .bias = true,
+          .capacity = {.mode = "factor", .factor = 1, .scope = "micro"},
+          .losses = {{"stablemoe_balance", 0.3}, {"distillation", 0.7, "sequence"}, {"z", 0.1}},
+          .train = train,
+          .options = std::move(more),
           .step = step};
 }
 
@@ -38,10 +44,17 @@ Arrays thor_inputs(const Layer& layer, size_t draws) {
 TEST_CASE("route agrees with plain loops for hash of every kind whose line is known, k = 1 and 2, with drops") {
   bool train = true;
   for (const std::string kind : {"balanced", "random", "previous", "future", "position"}) {
-    agree_by_ids({.router = "hash", .activation = "gelu", .capacity = kTwoEach, .losses = {{"importance", 0.2}}, .train = train, .options = {{"kind", kind}}});
+    agree_by_ids({.router = "hash",
+                  .activation = "gelu",
+                  .capacity = kTwoEach,
+                  .losses = {{"importance", 0.2}},
+                  .train = train,
+                  .options = {{"kind", kind}}});
     train = !train;
   }
-  agree_by_ids({.router = "hash", .capacity = {.mode = "factor", .factor = 1, .times_k = true}, .options = {{"kind", "random"}, {"k", "2"}}});
+  agree_by_ids({.router = "hash",
+                .capacity = {.mode = "factor", .factor = 1, .times_k = true},
+                .options = {{"kind", "random"}, {"k", "2"}}});
   agree_by_ids({.router = "hash", .train = false, .options = {{"kind", "multi"}, {"k", "2"}}});
 }
 
@@ -54,7 +67,8 @@ TEST_CASE("route of hash takes the order of tokens from positions where the file
   }
 }
 
-TEST_CASE("route of bigram hashes: the line is one function of (token before, token), learned from pairs, met in longer texts") {
+TEST_CASE(
+    "route of bigram hashes: the line is one function of (token before, token), learned from pairs, met in longer texts") {
   // With as many experts as lines and the identity for a table, the expert is the line.
   Layer layer{.router = "hash", .experts = 6, .options = {{"kind", "bigram"}}};
   Arrays pairs = random_inputs(layer, {.rows = 72, .padding = false, .sequences = false});
@@ -81,7 +95,9 @@ TEST_CASE("route of bigram hashes: the line is one function of (token before, to
   expect_agreement(layer, text);
 }
 
-TEST_CASE("route agrees with plain loops for stablemoe's stage 1 in training, with drops, both distilled routers, and its last step") {
+TEST_CASE(
+    "route agrees with plain loops for stablemoe's stage 1 in training, with drops, both distilled routers, and its last "
+    "step") {
   agree_by_ids(stable_layer("word", 3));
   expect_agreement_after_step(stable_layer("cnn", 8), random_inputs(stable_layer("cnn", 8)));
   expect_agreement_after_step(stable_layer("word", 9), random_inputs(stable_layer("word", 9), {}, 2));
@@ -99,8 +115,13 @@ TEST_CASE("route agrees with plain loops for stablemoe's evaluation in stage 1, 
 
 TEST_CASE("route agrees with plain loops for thor at every granularity of the given draws, in training and in evaluation") {
   // Sequences of seven and three rows: two sequences, seven positions.
-  for (const auto& [granularity, draws] : std::map<std::string, size_t>{{"batch", 1}, {"sequence", 2}, {"position", 7}, {"token", 12}}) {
-    const Layer layer{.router = "thor", .activation = "gelu", .capacity = kTwoEach, .losses = {{"importance", 0.1}}, .options = {{"granularity", granularity}}};
+  for (const auto& [granularity, draws] :
+       std::map<std::string, size_t>{{"batch", 1}, {"sequence", 2}, {"position", 7}, {"token", 12}}) {
+    const Layer layer{.router = "thor",
+                      .activation = "gelu",
+                      .capacity = kTwoEach,
+                      .losses = {{"importance", 0.1}},
+                      .options = {{"granularity", granularity}}};
     expect_agreement(layer, thor_inputs(layer, draws));
     if (granularity == "batch") continue;
     const Layer eval{.router = "thor", .train = false, .options = {{"inference_granularity", granularity}}};
@@ -127,7 +148,8 @@ TEST_CASE("route of thor with distinct pairs: the two passes of a step draw two 
   for (const std::string seed : {"1", "2"}) {
     std::vector<std::vector<int64_t>> experts;
     for (const std::string pass : {"0", "1"})
-      experts.push_back(integers(run_layer(layer, arrays, "--set route.pass=" + pass + " --set route.seed=" + seed).tensors.at("expert")));
+      experts.push_back(
+          integers(run_layer(layer, arrays, "--set route.pass=" + pass + " --set route.seed=" + seed).tensors.at("expert")));
     CHECK(experts[0] == std::vector<int64_t>(10, experts[0][0]));
     CHECK(experts[1] == std::vector<int64_t>(10, experts[1][0]));
     CHECK(experts[0][0] != experts[1][0]);
@@ -135,8 +157,21 @@ TEST_CASE("route of thor with distinct pairs: the two passes of a step draw two 
 }
 
 TEST_CASE("route agrees with plain loops for domain, hard and learned, with drops, in both modes") {
-  agree_by_ids({.router = "domain", .activation = "gelu", .capacity = kTwoEach, .losses = {{"importance", 0.3}}, .options = {{"k", "2"}}});
+  agree_by_ids({.router = "domain",
+                .activation = "gelu",
+                .capacity = kTwoEach,
+                .losses = {{"importance", 0.3}},
+                .options = {{"k", "2"}}});
   const std::vector<oracle::LossCase> losses{{"balance", 0.3}, {"z", 0.1}, {"entropy", 0.2}};
-  agree_by_ids({.router = "domain", .renormalise = "before_drop", .capacity = kTwoEach, .losses = losses, .options = {{"hard", "false"}, {"k", "2"}}});
-  agree_by_ids({.router = "domain", .renormalise = "after_drop", .capacity = kTwoEach, .losses = losses, .train = false, .options = {{"hard", "false"}, {"k", "3"}}});
+  agree_by_ids({.router = "domain",
+                .renormalise = "before_drop",
+                .capacity = kTwoEach,
+                .losses = losses,
+                .options = {{"hard", "false"}, {"k", "2"}}});
+  agree_by_ids({.router = "domain",
+                .renormalise = "after_drop",
+                .capacity = kTwoEach,
+                .losses = losses,
+                .train = false,
+                .options = {{"hard", "false"}, {"k", "3"}}});
 }
