@@ -70,7 +70,8 @@ GivenDraws given_draws(const RouteInput& in, Granularity granularity) {
 Tensor given_thor_experts(const RouteInput& in, Granularity granularity, int64_t experts) {
   const GivenDraws draws = given_draws(in, granularity);
   if (in.noise.scalar_type() != at::kLong || in.noise.numel() != draws.count)
-    usage_error(fmt::format("noise of the router 'thor' is here the drawn expert, int64 {} = [{}]", shape_of_draws(granularity), draws.count));
+    usage_error(fmt::format("noise of the router 'thor' is here the drawn expert, int64 {} = [{}]", shape_of_draws(granularity),
+                            draws.count));
   if (in.noise.lt(0).logical_or(in.noise.ge(experts)).any().item<bool>())
     usage_error(fmt::format("noise of the router 'thor' names an expert outside 0 … {}", experts - 1));
   return in.noise.reshape({-1}).index_select(0, draws.of_row_T);
