@@ -66,6 +66,7 @@ struct LossEntry {
   std::string title;
   std::string citation;
   std::string equation;
+  double coefficient = 0.01;  // of a [[loss]] that gives none, at a router whose paper gives none
   OptionSpecs options = {};
   std::function<std::unique_ptr<Loss>(const Options&, const RouterEntry& router)> make;  // defaults may be the router's paper's
   std::function<std::string(const RouterFacts&)> refuses = {};  // reason why it cannot be attached, "" = it can

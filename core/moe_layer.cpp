@@ -89,7 +89,7 @@ OptionSpecs loss_options(const LossEntry& entry, const RouterEntry& router) {
   const PaperLoss* paper = paper_loss(router, entry.name);
   OptionSpecs specs = with_name(entry.options);
   specs.push_back(option("label", entry.name.c_str(), "name in metrics and results"));
-  specs.push_back(option("coefficient", paper ? paper->coefficient : 0.01, "weight in the training loss"));
+  specs.push_back(option("coefficient", paper ? paper->coefficient : entry.coefficient, "weight in the training loss"));
   specs.push_back(option("scope", "step",
                          "rows over which the value is formed; step_streaming: the step's, guessed from the micro-batches so far")
                       .one_of({"micro", "sequence", "step", "step_streaming"}));

@@ -183,6 +183,9 @@ class Router : public Module {
   // The entry's facts, corrected for this instance's options.
   virtual RouterFacts facts() const;
 
+  // What a given `noise` is in this mode, with this instance's options, as in RouterEntry::noise_shape; "" = nothing.
+  virtual std::string noise_shape(Mode mode) const;
+
   // Tensors whose row e belongs to expert e: surgery copies, resets and permutes these beside the experts' own.
   virtual std::vector<Tensor> per_expert_tensors() const;
 

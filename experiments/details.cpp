@@ -125,6 +125,7 @@ Json loss_details(const std::string& name) {
     }
   }
   return {{"equation", entry.equation},
+          {"default_coefficient", entry.coefficient},
           {"values", values},
           {"values_with_room_to_grow", "E is max_experts; balance is an even share for each active expert"},
           {"attaches_to", attachments_json(entry)}};

@@ -16,7 +16,8 @@ namespace {
 bool kind_fits(TensorKind kind, at::ScalarType type) {
   switch (kind) {
     case TensorKind::kFloat: return type == at::kFloat || type == at::kDouble;
-    case TensorKind::kIndex: return type == at::kLong;
+    case TensorKind::kIndex:
+    case TensorKind::kPermutation: return type == at::kLong;
     case TensorKind::kFlag: return type == at::kBool || type == at::kByte;
   }
   return false;
@@ -25,7 +26,8 @@ bool kind_fits(TensorKind kind, at::ScalarType type) {
 const char* kind_text(TensorKind kind) {
   switch (kind) {
     case TensorKind::kFloat: return "float32 or float64";
-    case TensorKind::kIndex: return "int64";
+    case TensorKind::kIndex:
+    case TensorKind::kPermutation: return "int64";
     case TensorKind::kFlag: return "bool or uint8";
   }
   return "?";

@@ -13,7 +13,8 @@ namespace moelab {
 // One size of an accepted shape: a number, or the name of a size that IN decides ("T", "D").
 using ShapeWords = std::vector<std::string>;
 
-enum class TensorKind { kFloat, kIndex, kFlag };  // float32 or float64 | int64 | bool or uint8
+// float32 or float64 | int64 | bool or uint8 | int64, each of IN's rows once
+enum class TensorKind { kFloat, kIndex, kFlag, kPermutation };
 
 // A tensor that IN may hold beside the layer's own. Several shapes are alternatives.
 struct AcceptedTensor {

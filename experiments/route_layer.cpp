@@ -8,6 +8,7 @@
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <fmt/format.h>
@@ -56,15 +57,24 @@ void add_shape(std::vector<ShapeWords>& shapes, ShapeWords shape) {
 }
 
 // The router's own draw, and that of the noise which `[moe.noise]` puts on its scores.
-AcceptedTensor accepted_noise(const Router& router) {
+AcceptedTensor accepted_noise(const Router& router, Mode mode) {
   const RouterSpec& spec = router.spec();
-  const std::string& own = router.entry().noise_shape;
+  const std::string own = router.noise_shape(mode);
   AcceptedTensor noise{"noise", route_shapes_in(own, spec)};
   noise.meaning = "the raw draw, before the router scales it: " + own;
   if (own.find("int64") != std::string::npos) noise.kind = TensorKind::kIndex;
+  if (own.find("permutation") != std::string::npos) noise.kind = TensorKind::kPermutation;
   if (spec.noise.kind == NoiseSpec::Kind::kNormal) add_shape(noise.shapes, {"T", std::to_string(spec.max_experts)});
   if (spec.noise.kind == NoiseSpec::Kind::kJitter) add_shape(noise.shapes, {"T", "D"});
   if (own.empty()) noise.meaning = "the raw draw of [moe.noise], before it is scaled";
+  return noise;
+}
+
+// Whatever mode is asked for.
+AcceptedTensor accepted_noise(const Router& router) {
+  AcceptedTensor noise = accepted_noise(router, Mode::kTrain);
+  const AcceptedTensor eval = accepted_noise(router, Mode::kEval);
+  for (const ShapeWords& shape : eval.shapes) add_shape(noise.shapes, shape);
   return noise;
 }
 
@@ -149,13 +159,26 @@ void fill_channels(RouteInput& in, const RouteFile& file, const Tensor& index_T)
   in.cu_seqlens_B1 = offsets_of_sequences(in);
 }
 
+// Of a permutation of IN's rows: the kept rows in its order, by their new numbers.
+Tensor order_of_kept(const RouteFile& file, const Tensor& order_T, const Tensor& index_T) {
+  const Tensor row_T = at::arange(order_T.numel(), at::kLong);
+  if (!std::get<0>(order_T.sort()).equal(row_T))
+    usage_error(fmt::format("'{}': tensor 'noise' is not a permutation of 0 … T-1", file.path()));
+  Tensor number_T = at::full_like(row_T, -1);
+  number_T.index_copy_(0, index_T, at::arange(index_T.numel(), at::kLong));
+  const Tensor ordered_T = number_T.index_select(0, order_T);
+  return ordered_T.index_select(0, ordered_T.ge(0).nonzero().squeeze(1));
+}
+
 void fill_noise(RouteInput& in, RouteFile& file, const Router& router, const Tensor& index_T) {
   file.set_size("sequences", in.sequences);
   file.set_size("positions", in.rows() == 0 ? 0 : in.position_T.max().item<int64_t>() + 1);
   if (file.has("noise") && uses_noise(router, in.mode)) {
-    const ShapeWords shape = file.check(accepted_noise(router));
+    const AcceptedTensor accepted = accepted_noise(router, in.mode);
+    const ShapeWords shape = file.check(accepted);
     in.noise = file.find("noise");
-    if (shape.front() == "T") in.noise = in.noise.index_select(0, index_T);
+    if (accepted.kind == TensorKind::kPermutation) in.noise = order_of_kept(file, in.noise, index_T);
+    else if (shape.front() == "T") in.noise = in.noise.index_select(0, index_T);
   }
   if (!file.has("noise.capacity") || !uses_capacity_noise(router, in.mode)) return;
   file.check(accepted_capacity_noise(router));

@@ -31,7 +31,7 @@ json words_json(const ShapeWords& shape) {
 }
 
 const char* dtype_text(const AcceptedTensor& input) {
-  if (input.kind == TensorKind::kIndex) return "int64";
+  if (input.kind == TensorKind::kIndex || input.kind == TensorKind::kPermutation) return "int64";
   return input.kind == TensorKind::kFlag ? "bool or uint8" : "float32 or float64";
 }
 

@@ -84,6 +84,8 @@ class BaseRouter : public LinearRouter {
     return facts;
   }
 
+  std::string noise_shape(Mode mode) const override { return shuffle_ ? LinearRouter::noise_shape(mode) : ""; }
+
   RouteOutput route(const RouteInput& in, RouteState&) const override {
     const NoisyLogits logits = score(logit_input(in));
     Solved solved;
@@ -202,7 +204,7 @@ const Registration<RouterEntry> registration_base{{
                     .one_of({"best", "lowest", "rotate"}),
                 option("eval", "greedy", "evaluation takes the argmax of s, or of s - prices")
                     .one_of({"greedy", "greedy_with_prices"})},
-    .noise_shape = "int64 permutation [T], with shuffle: place i is given to row noise[i]",
+    .noise_shape = "int64 permutation [T], with shuffle: the rows in the order of their places",
     .probes = {{"logits", "[T,E]", "s"}, {"probs", "[T,E]", "softmax of s; the gates are σ(s)"},
                {"gap", "[1]", "dual bound minus value on the grid, in the scores' units; 0 = proven best; training only"}},
     .differences = {"its solver is an auction that stops early, this one is exact", "T need not be a multiple of E",

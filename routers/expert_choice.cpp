@@ -37,7 +37,7 @@ namespace {
 // The noise of V-MoE's expert choice, where [moe.noise] asks for some without a size.
 NoiseSpec expert_choice_noise(const RouterSpec& spec) {
   NoiseSpec noise = resolved_noise(spec.noise, NoiseSpec::Kind::kNone);
-  if (!noise.std_given) noise.std = 1.0 / static_cast<double>(spec.experts);
+  if (!noise.std_given) noise.std = 1.0 / static_cast<double>(spec.max_experts);
   return noise;
 }
 

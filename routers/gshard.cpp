@@ -54,6 +54,12 @@ class GshardRouter : public LinearRouter {
     return facts;
   }
 
+  std::string noise_shape(Mode mode) const override {
+    const SecondExpert policy = mode == Mode::kTrain ? train_policy_ : eval_policy_;
+    if (!draws(policy)) return "";
+    return policy == SecondExpert::kGumbel ? "Gumbel values [T,E]" : "uniform [T]";
+  }
+
   RouteOutput route(const RouteInput& in, RouteState&) const override {
     const SecondExpert policy = in.training() ? train_policy_ : eval_policy_;
     const NoisyLogits logits = score(logit_input(in, policy));

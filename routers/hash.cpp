@@ -128,24 +128,26 @@ void require_different(const Tensor& choice_TK) {
     usage_error("a line of the table of router 'hash' names an expert twice");
 }
 
-// The token before each row in its sequence. `last_B` holds the one before the first row, and then the last one.
-Tensor tokens_before(const RouteInput& in, Tensor& last_B) {
+// The token that stands before each row in its sequence, the rows being read in `order_T`. `last_B` holds the one before the
+// first row, and then the last one.
+Tensor tokens_before(const RouteInput& in, const Tensor& order_T, Tensor& last_B) {
   Tensor before_T = at::empty_like(in.token_ids_T);
+  const auto* order = order_T.const_data_ptr<int64_t>();
   auto* last = last_B.mutable_data_ptr<int64_t>();
-  for (int64_t t = 0; t < in.rows(); ++t) {
-    int64_t& held = last[in.sequence_T.const_data_ptr<int64_t>()[t]];
-    before_T.mutable_data_ptr<int64_t>()[t] = held;
-    held = in.token_ids_T.const_data_ptr<int64_t>()[t];
+  for (int64_t i = 0; i < in.rows(); ++i) {
+    int64_t& held = last[in.sequence_T.const_data_ptr<int64_t>()[order[i]]];
+    before_T.mutable_data_ptr<int64_t>()[order[i]] = held;
+    held = in.token_ids_T.const_data_ptr<int64_t>()[order[i]];
   }
   return before_T;
 }
 
+// Rows by rising position, equal ones as they lie.
+Tensor rows_in_order(const RouteInput& in) { return in.position_T.argsort(/*stable=*/true, 0, /*descending=*/false); }
+
 Tensor tokens_after(const RouteInput& in) {
-  RouteInput mirrored = in;
-  mirrored.token_ids_T = in.token_ids_T.flip(0);
-  mirrored.sequence_T = in.sequence_T.flip(0);
   Tensor next_B = at::zeros({in.sequences}, at::kLong).add_(kOutsideToken);
-  return tokens_before(mirrored, next_B).flip(0);
+  return tokens_before(in, rows_in_order(in).flip(0), next_B);
 }
 
 // A fixed function, the same for every seed, so that a checkpoint's table means the same everywhere.
@@ -225,10 +227,10 @@ class HashRouter : public Router {
   // While decoding, the last token of each sequence is kept from call to call.
   static Tensor before(const RouteInput& in, RouteState& state) {
     Tensor fresh_B = at::zeros({in.sequences}, at::kLong).add_(kOutsideToken);
-    if (in.mode != Mode::kDecode) return tokens_before(in, fresh_B);
+    if (in.mode != Mode::kDecode) return tokens_before(in, rows_in_order(in), fresh_B);
     Tensor& kept_B = state.kept[kLastToken];
     kept_B = kept_B.defined() ? kept_B.clone() : fresh_B;  // a copy of the state may live on
-    return tokens_before(in, kept_B);
+    return tokens_before(in, rows_in_order(in), kept_B);
   }
 
   HashKind kind_;

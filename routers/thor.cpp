@@ -40,9 +40,18 @@ Inference inference_of(const std::string& word) {
   return word == "averaged" ? Inference::kAveraged : Inference::kRandom;
 }
 
+const char* shape_of_draws(Granularity granularity) {
+  switch (granularity) {
+    case Granularity::kBatch: return "[1]";
+    case Granularity::kSequence: return "[sequences]";
+    case Granularity::kPosition: return "[positions]";
+    case Granularity::kToken: break;
+  }
+  return "[T]";
+}
+
 // An outside program's draws, and which of them each row uses.
 struct GivenDraws {
-  const char* shape;
   int64_t count;
   Tensor of_row_T;
 };
@@ -50,18 +59,19 @@ struct GivenDraws {
 GivenDraws given_draws(const RouteInput& in, Granularity granularity) {
   const int64_t rows = in.rows();
   switch (granularity) {
-    case Granularity::kBatch: return {"[1]", 1, at::zeros({rows}, at::kLong)};
-    case Granularity::kSequence: return {"[sequences]", in.sequences, in.sequence_T};
-    case Granularity::kPosition: return {"[positions]", rows == 0 ? 0 : in.position_T.max().item<int64_t>() + 1, in.position_T};
+    case Granularity::kBatch: return {1, at::zeros({rows}, at::kLong)};
+    case Granularity::kSequence: return {in.sequences, in.sequence_T};
+    case Granularity::kPosition: return {rows == 0 ? 0 : in.position_T.max().item<int64_t>() + 1, in.position_T};
     case Granularity::kToken: break;
   }
-  return {"[T]", rows, at::arange(rows, at::kLong)};
+  return {rows, at::arange(rows, at::kLong)};
 }
 
 Tensor given_thor_experts(const RouteInput& in, Granularity granularity, int64_t experts) {
   const GivenDraws draws = given_draws(in, granularity);
   if (in.noise.scalar_type() != at::kLong || in.noise.numel() != draws.count)
-    usage_error(fmt::format("noise of the router 'thor' is here the drawn expert, int64 {} = [{}]", draws.shape, draws.count));
+    usage_error(fmt::format("noise of the router 'thor' is here the drawn expert, int64 {} = [{}]", shape_of_draws(granularity),
+                            draws.count));
   if (in.noise.lt(0).logical_or(in.noise.ge(experts)).any().item<bool>())
     usage_error(fmt::format("noise of the router 'thor' names an expert outside 0 … {}", experts - 1));
   return in.noise.reshape({-1}).index_select(0, draws.of_row_T);
@@ -94,6 +104,11 @@ class ThorRouter : public Router {
     if (inference_ == Inference::kEnsemble) facts.in_evaluation = InEvaluation::kAllExperts;
     if (inference_ == Inference::kAveraged) facts.in_evaluation = InEvaluation::kMergedExperts;
     return facts;
+  }
+
+  std::string noise_shape(Mode mode) const override {
+    if (mode != Mode::kTrain && inference_ != Inference::kRandom) return "";
+    return std::string("int64 expert ") + shape_of_draws(mode == Mode::kTrain ? granularity_ : inference_granularity_);
   }
 
   RouteOutput route(const RouteInput& in, RouteState&) const override {

@@ -33,6 +33,7 @@ const Registration<LossEntry> entropy_registration{{
     .title = "Entropy of the routing probabilities",
     .citation = "Huang et al. 2024, 2403.07652",
     .equation = "mean_t Σ_e -p_te ln p_te",
+    .coefficient = 1e-4,
     .make = [](const Options&, const RouterEntry&) { return std::make_unique<EntropyLoss>(); },
     .refuses = refuses_without_scores,
 }};

@@ -30,6 +30,7 @@ const Registration<LossEntry> importance_registration{{
     .title = "Importance loss",
     .citation = "Shazeer et al. 2017, 1701.06538; Riquelme et al. 2021, 2106.05974",
     .equation = "CV²(Σ_t w_te), w = gates of the chosen experts before drops, or clean probabilities",
+    .coefficient = 0.1,
     .options =
         {
             option("of", "gates", "what is summed; unless given, as in the router's paper").one_of({"gates", "probabilities"}),

@@ -49,6 +49,7 @@ const Registration<LossEntry> load_registration{{
     .title = "Load loss",
     .citation = "Shazeer et al. 2017, 1701.06538; Riquelme et al. 2021, 2106.05974",
     .equation = "CV²(Σ_t P(t,e)), P = Φ((clean - threshold)/std); rows per expert where there is no noise",
+    .coefficient = 0.1,
     .options =
         {
             option("threshold", "exclude_self",

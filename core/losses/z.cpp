@@ -36,6 +36,7 @@ const Registration<LossEntry> z_registration{{
     .title = "Router z-loss",
     .citation = "Zoph et al. 2022, 2202.08906",
     .equation = "mean_t (logsumexp_e z_te)²",
+    .coefficient = 1e-3,
     .make = [](const Options&, const RouterEntry&) { return std::make_unique<ZLoss>(); },
     .refuses = refuses_without_scores,
 }};

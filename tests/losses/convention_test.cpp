@@ -1,7 +1,9 @@
 // Same name, different maths: the rows of routers.md 1.3, their values at perfect balance and at collapse.
 #include "tests/losses/plain_losses.h"
 
+#include "core/config.h"
 #include "core/error.h"
+#include "core/moe_layer.h"
 
 #include <ATen/ATen.h>
 #include <catch2/catch_test_macros.hpp>
@@ -148,6 +150,83 @@ TEST_CASE("1.3 Mixtral-style code pools all layers before f·P is formed: k at b
   }
   const Choices choices = {{0, 1}, {2, 0}, {2, 1}, {1, 2}};
   CHECK_THAT(loss->value(total, router).item<double>(), WithinRel(plain_balance(choices, plain_softmax(both), 2), 1e-12));
+}
+
+// E · Σ f·P of second choices, P without the first choice, divided by what is left.
+double plain_second_place(const Choices& choices, const Rows& probabilities) {
+  Rows rest = probabilities;
+  Choices seconds;
+  for (size_t t = 0; t < rest.size(); ++t) {
+    const double left = 1 - rest[t][choices[t][0]];
+    rest[t][choices[t][0]] = 0;
+    for (double& p : rest[t]) p /= left;
+    seconds.push_back({choices[t][1]});
+  }
+  return plain_balance(seconds, rest, 1);
+}
+
+TEST_CASE("1.3 fairscale's mean over experts of f·P is the balance loss divided by E²: 1/E² at balance") {
+  const Rows logits = {{2, 1, 0}, {1.5, 1.4, -1}, {.2, .1, 0}, {3, -1, 2}};
+  const std::vector<double> mass = plain_column_sums(plain_softmax(logits)), first = {4, 0, 0};
+  double fairscale = 0;
+  for (size_t e = 0; e < 3; ++e) fairscale += first[e] / 4 * mass[e] / 4 / 3;
+  const auto loss = make_loss("balance");
+  const RouteOutput out = noisy_topk_decision(tensor_of(logits), {}, {}, 2);
+  CHECK_THAT(value_of(*loss, input_of(4), out, 3).item<double>() / 9, WithinRel(fairscale, 1e-12));
+  CHECK_THAT(value_of(*loss, input_of(8), balanced_decision(8, 2), 8).item<double>() / 64, WithinRel(1.0 / 64, 1e-12));
+}
+
+TEST_CASE("1.3 GShard's second place in Mesh TensorFlow adds half of the same sum over second choices: 1.5 at balance") {
+  const auto loss = make_loss("balance", {{"second_place", 0.5}}), plain = make_loss("balance");
+  const Rows logits = {{2, 1, 0}, {1.5, 1.4, -1}, {.2, .1, 0}, {3, -1, 2}};
+  const RouteOutput out = noisy_topk_decision(tensor_of(logits), {}, {}, 2);
+  const Choices choices = {{0, 1}, {0, 1}, {0, 1}, {0, 2}};
+  const double first = plain_balance(choices, plain_softmax(logits), 1);
+  const double second = plain_second_place(choices, plain_softmax(logits));
+  constexpr double guard = 1e-8;  // the code divides by what is left + 1e-9
+  CHECK_THAT(value_of(*loss, input_of(4), out, 3).item<double>(), WithinRel(first + 0.5 * second, guard));
+  CHECK(plain->landmarks(8, 2).balance == 1);  // off unless asked for
+  CHECK(loss->landmarks(8, 2).balance == 1.5);
+  for (const int64_t k : {1, 2, 5}) {
+    const Landmarks marks = loss->landmarks(8, k);
+    CHECK_THAT(value_of(*loss, input_of(8), balanced_decision(8, k), 8).item<double>(), WithinRel(marks.balance, guard));
+    CHECK_THAT(value_of(*loss, input_of(8), collapsed_decision(8, k), 8).item<double>(), WithinRel(marks.collapse, guard));
+  }
+}
+
+TEST_CASE("1.3 default coefficients: those of the papers, a router's own before those of the loss") {
+  const std::map<std::string, double> of_loss{
+      {"importance", 0.1},        {"load", 0.1},       {"balance", 1e-2},    {"z", 1e-3},          {"entropy", 1e-4},       {"distillation", 1},
+      {"stablemoe_balance", 0.3}, {"diversity", 1e-2}, {"simplicity", 1e-2}, {"efficiency", 1e-2}, {"dynmoe_balance", 1e-2}};
+  for (const auto& [name, coefficient] : of_loss) {
+    INFO(name);
+    CHECK(Registry<LossEntry>::instance().find(name).coefficient == coefficient);
+  }
+  using Terms = std::map<std::string, double>;
+  const std::map<std::string, Terms> of_router{{"noisy_topk", {{"importance", 0.1}, {"load", 0.1}}},
+                                               {"vmoe", {{"importance", 0.005}, {"load", 0.005}}},
+                                               {"switch", {{"balance", 1e-2}}},
+                                               {"gshard", {{"balance", 1e-2}}},
+                                               {"stablemoe", {{"stablemoe_balance", 0.3}, {"distillation", 1}}},
+                                               {"top_p", {{"balance", 1e-2}, {"entropy", 1e-4}}},
+                                               {"dynmoe", {{"diversity", 1e-2}, {"simplicity", 1e-2}}}};
+  for (const auto& [name, expected] : of_router) {
+    INFO(name);
+    Terms found;
+    const RouterEntry& router = Registry<RouterEntry>::instance().find(name);
+    for (const PaperLoss& paper : router.paper_losses) found[paper.name] = paper.coefficient;
+    CHECK(found == expected);
+  }
+}
+
+TEST_CASE("1.3 a [[loss]] without a coefficient takes its router's paper's, else its own paper's") {
+  const auto coefficient = [](const std::string& router, const std::string& loss) {
+    const std::string text = "[moe.router]\nname = \"" + router + "\"\n[[loss]]\nname = \"" + loss + "\"\n";
+    return read_layer(parse_config(text, "loss.toml"), 4, 0, 0, at::kDouble, random_key(0, "init")).losses.at(0).coefficient;
+  };
+  CHECK(coefficient("vmoe", "importance") == 0.005);
+  CHECK(coefficient("softmax_topk", "importance") == 0.1);
+  CHECK(coefficient("softmax_topk", "z") == 1e-3);
 }
 
 TEST_CASE("1.3 sample variance is E/(E-1) times the population's") {

@@ -9,6 +9,16 @@ std::string LossCase::option(const std::string& key, const std::string& fallback
   return found == options.end() ? fallback : found->second;
 }
 
+std::string Layer::option(const std::string& key, const std::string& fallback) const {
+  const auto found = options.find(key);
+  return found == options.end() ? fallback : found->second;
+}
+
+double Layer::number(const std::string& key, double fallback) const {
+  const auto found = options.find(key);
+  return found == options.end() ? fallback : std::stod(found->second);
+}
+
 Dual Inputs::at(const std::string& name, size_t i) const {
   return {arrays.at(name).value.at(i), name == seed && i == seed_index ? 1.0 : 0.0};
 }
@@ -97,11 +107,12 @@ void add_shared(const Layer& layer, const Inputs& in, const Vec& x, Vec& y) {
 
 // Gate of a kept pair, after the renormalisation that looks at the survivors.
 Dual final_gate(const Layer& layer, const Decision& decision, size_t t, size_t j) {
-  if (layer.renormalise != "after_drop") return decision.gate[t][j];
+  const Dual gate = decision.gate[t][j] * Dual(decision.scale);
+  if (layer.renormalise != "after_drop") return gate;
   Dual sum;
   for (size_t i = 0; i < decision.gate[t].size(); ++i)
     if (decision.kept[t][i]) sum += decision.gate[t][i];
-  return decision.gate[t][j] / (sum + Dual(1e-9));
+  return gate / (sum + Dual(1e-9));
 }
 
 void write_plan(const Layer& layer, const Rows& rows, const Decision& decision, Result& result) {
@@ -147,11 +158,16 @@ void write_probes(const Layer& layer, const Inputs& in, const Rows& rows, const 
   if (!in.has("router.weight")) return;
   result.probe["logits"] = in_file_rows(in, rows, decision.clean, layer.experts);
   result.probe["probs"] = in_file_rows(in, rows, decision.clean_probability, layer.experts);
-  if (layer.router != "noisy_topk") return;
+  for (const auto& [name, value] : decision.probe) {
+    const bool per_row = value.size() == rows.count() && rows.count() > 1;
+    result.probe[name] = per_row ? in_file_rows(in, rows, value, static_cast<int64_t>(value[0].size())) : value;
+  }
+  const bool vmoe = layer.router == "vmoe";
+  if (layer.router != "noisy_topk" && !vmoe) return;
   std::vector<size_t> all(rows.count());
   for (size_t t = 0; t < all.size(); ++t) all[t] = t;
-  result.probe["importance"] = {importance(layer, decision, all, true)};
-  result.probe["load"] = {load(layer, decision, all, false)};
+  result.probe["importance"] = {importance(layer, decision, all, !vmoe)};
+  result.probe["load"] = {load(layer, decision, all, vmoe)};
 }
 
 }  // namespace

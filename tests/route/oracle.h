@@ -14,6 +14,8 @@ namespace moelab::oracle {
 struct Array {
   std::vector<int64_t> shape;
   std::vector<double> value;
+  bool whole = false;   // int64 in the file
+  bool buffer = false;  // of the router: it has no gradient
 };
 using Arrays = std::map<std::string, Array>;
 
@@ -43,14 +45,14 @@ struct LossCase {
 // One layer and how it is run.
 struct Layer {
   std::string router = "softmax_topk";
-  int64_t experts = 4;
+  int64_t experts = 4;                      // rows of every tensor with one per expert
   int64_t k = 2;
   std::string softmax = "before";
   std::string renormalise = "none";
   std::string second_expert = "random_2g";  // of the mode that runs
   double threshold = 0.5;
   std::string noise = "paper";              // [moe.noise] kind
-  double noise_std = 1;
+  double noise_std = 1;                     // negative: not given
   double noise_epsilon = -1;                // negative: not given
   std::string activation = "relu";
   int64_t width = 3;
@@ -61,6 +63,14 @@ struct Layer {
   Capacity capacity = {};
   std::vector<LossCase> losses = {};
   bool train = true;
+  std::map<std::string, std::string> options = {};  // of routers that have files of their own, as in LossCase
+  int64_t active = 0;                       // [moe] experts, `experts` being max_experts; 0 = all
+  int64_t step = 0;
+  // Expert of each routed row, from outside: for solvers whose outcome no definition fixes, only its quality.
+  std::vector<int64_t> given_choice = {};
+
+  std::string option(const std::string& key, const std::string& fallback) const;
+  double number(const std::string& key, double fallback) const;
 };
 
 struct Result {
@@ -77,5 +87,8 @@ Result evaluate(const Layer& layer, const Arrays& in, const std::string& seed = 
 
 // d objective / d in[name], entry by entry.
 std::vector<double> gradient(const Layer& layer, const Arrays& in, const std::string& name);
+
+// The router's tensors after end_step, by their names in IN; not base's prices, which no formula fixes.
+Arrays after_step(const Layer& layer, const Arrays& in);
 
 }  // namespace moelab::oracle

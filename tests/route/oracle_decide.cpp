@@ -6,15 +6,13 @@
 #include <numeric>
 
 namespace moelab::oracle {
-namespace {
 
-Vec logits_of_row(const Mat& weight, const Vec& x) {
+Vec products(const Mat& weight, const Vec& x) {
   Vec z;
   for (const Vec& row : weight) z.push_back(dot(row, x));
   return z;
 }
 
-// Noise values of one row as they lie in IN.
 Vec noise_row(const Inputs& in, int64_t file_row) {
   const auto& shape = in.arrays.at("noise").shape;
   const size_t columns = shape.size() == 1 ? 1 : shape[1];
@@ -23,8 +21,17 @@ Vec noise_row(const Inputs& in, int64_t file_row) {
   return row;
 }
 
+namespace {
+
+// Standard deviation of the noise on the logits that the layer asks for; 0 = none.
+double normal_std(const Layer& layer) {
+  const bool always_one_over_e = layer.router == "vmoe" && layer.noise == "paper";
+  if (always_one_over_e || (layer.noise == "normal" && layer.noise_std < 0)) return 1.0 / static_cast<double>(layer.experts);
+  return layer.noise == "normal" ? layer.noise_std : 0;
+}
+
 void score_row(const Layer& layer, const Inputs& in, const Mat& weight, const Vec& x, int64_t file_row, Decision& d) {
-  const Vec clean = logits_of_row(weight, x);
+  const Vec clean = products(weight, x);
   Vec noisy = clean, std;
   const bool jitter = layer.noise == "jitter" || (layer.noise == "paper" && layer.router == "switch");
   const bool learned = layer.noise == "paper" && layer.router == "noisy_topk";
@@ -33,13 +40,13 @@ void score_row(const Layer& layer, const Inputs& in, const Mat& weight, const Ve
     const Vec u = noise_row(in, file_row);
     Vec jittered = x;
     for (size_t i = 0; i < x.size(); ++i) jittered[i] = x[i] * (Dual(1 - epsilon) + Dual(2 * epsilon) * u[i]);
-    noisy = logits_of_row(weight, jittered);
+    noisy = products(weight, jittered);
   }
   if (layer.train && learned) {
-    std = logits_of_row(in.matrix("router.noise_weight"), x);
+    std = products(in.matrix("router.noise_weight"), x);
     for (Dual& one : std) one = softplus(one) + Dual(std::max(0.0, layer.noise_epsilon));
   }
-  if (layer.train && layer.noise == "normal") std = Vec(clean.size(), Dual(layer.noise_std));
+  if (layer.train && normal_std(layer) > 0) std = Vec(clean.size(), Dual(normal_std(layer)));
   if (!std.empty()) {
     const Vec draw = noise_row(in, file_row);
     for (size_t e = 0; e < clean.size(); ++e) noisy[e] = clean[e] + std[e] * draw[e];
@@ -51,7 +58,8 @@ void score_row(const Layer& layer, const Inputs& in, const Mat& weight, const Ve
   d.noisy_probability.push_back(softmax(noisy));
 }
 
-// Lowest index of the largest value among those not taken.
+}  // namespace
+
 int64_t best_of(const Vec& score, const std::vector<int64_t>& taken) {
   int64_t best = -1;
   for (size_t e = 0; e < score.size(); ++e) {
@@ -66,6 +74,8 @@ std::vector<int64_t> top(const Vec& score, int64_t k) {
   while (static_cast<int64_t>(taken.size()) < k) taken.push_back(best_of(score, taken));
   return taken;
 }
+
+namespace {
 
 std::vector<int64_t> gshard_choice(const Layer& layer, const Inputs& in, const Vec& z, int64_t file_row) {
   std::vector<int64_t> choice = top(z, std::min<int64_t>(2, layer.experts));
@@ -96,6 +106,13 @@ std::vector<int64_t> choice_of(const Layer& layer, const Inputs& in, const Rows&
   return top(d.noisy[t], layer.router == "switch" ? 1 : layer.k);
 }
 
+Vec divided_by_sum(Vec gate) {
+  Dual sum = 1e-9;
+  for (const Dual& one : gate) sum += one;
+  for (Dual& one : gate) one = one / sum;
+  return gate;
+}
+
 void gate_row(const Layer& layer, Decision& d, size_t t) {
   const std::vector<int64_t>& choice = d.choice[t];
   if (d.noisy.empty()) {
@@ -109,12 +126,8 @@ void gate_row(const Layer& layer, Decision& d, size_t t) {
     chosen.push_back(d.noisy[t][e]);
   }
   const bool after = layer.router == "noisy_topk" || layer.softmax == "after";
-  Vec gate = after ? softmax(chosen) : probability;
-  Dual sum = 1e-9;
-  for (const Dual& one : gate) sum += one;
-  if (layer.renormalise == "before_drop")
-    for (Dual& one : gate) one = one / sum;
-  d.gate.push_back(gate);
+  const Vec gate = after ? softmax(chosen) : probability;
+  d.gate.push_back(layer.renormalise == "before_drop" ? divided_by_sum(gate) : gate);
   d.probability.push_back(probability);
 }
 
@@ -122,6 +135,8 @@ double rounded(double value, const std::string& how) {
   if (how == "ceil") return std::ceil(value);
   return how == "floor" ? std::floor(value) : std::nearbyint(value);
 }
+
+}  // namespace
 
 int64_t places(const Layer& layer, int64_t n, int64_t k) {
   const Capacity& c = layer.capacity;
@@ -133,6 +148,8 @@ int64_t places(const Layer& layer, int64_t n, int64_t k) {
   while (count % c.multiple_of != 0) ++count;
   return std::min(count, n);
 }
+
+namespace {
 
 struct Pair {
   size_t t, j;
@@ -147,11 +164,13 @@ std::vector<size_t> rows_by(std::vector<size_t> rows, Number number) {
 
 std::vector<Pair> all_pairs(const Decision& d, const std::vector<size_t>& rows, bool k_major) {
   std::vector<Pair> pairs;
-  const size_t k = rows.empty() ? 0 : d.choice[rows[0]].size();
+  size_t k = 0;
+  for (const size_t t : rows) k = std::max(k, d.choice[t].size());
   for (size_t i = 0; k_major && i < k; ++i)
-    for (const size_t t : rows) pairs.push_back({t, i});
+    for (const size_t t : rows)
+      if (i < d.choice[t].size()) pairs.push_back({t, i});
   for (size_t i = 0; !k_major && i < rows.size(); ++i)
-    for (size_t j = 0; j < k; ++j) pairs.push_back({rows[i], j});
+    for (size_t j = 0; j < d.choice[rows[i]].size(); ++j) pairs.push_back({rows[i], j});
   return pairs;
 }
 
@@ -180,13 +199,24 @@ std::vector<Pair> queue_of(const Layer& layer, const Inputs& in, const Rows& row
 
 }  // namespace
 
-Decision decide(const Layer& layer, const Inputs& in, const Rows& rows) {
+Decision scored(const Layer& layer, const Inputs& in, const Rows& rows) {
   Decision d;
-  const Mat x = in.matrix("x");
-  if (in.has("router.weight")) {
-    const Mat weight = in.matrix("router.weight");
-    for (const int64_t row : rows.file_row) score_row(layer, in, weight, x[row], row, d);
-  }
+  const Mat x = in.matrix("x"), weight = in.matrix("router.weight");
+  for (const int64_t row : rows.file_row) score_row(layer, in, weight, x[row], row, d);
+  return d;
+}
+
+void add_choice(const Layer& layer, Decision& d, std::vector<int64_t> choice, Vec gate) {
+  d.allowed.emplace_back(choice.size(), true);
+  d.choice.push_back(std::move(choice));
+  d.probability.push_back(gate);
+  d.gate.push_back(layer.renormalise == "before_drop" ? divided_by_sum(gate) : gate);
+}
+
+Decision decide(const Layer& layer, const Inputs& in, const Rows& rows) {
+  if (const Decide method = method_of(layer)) return method(layer, in, rows);
+  Decision d;
+  if (in.has("router.weight")) d = scored(layer, in, rows);
   for (size_t t = 0; t < rows.count(); ++t) {
     d.choice.push_back(choice_of(layer, in, rows, d, t));
     gate_row(layer, d, t);
@@ -200,6 +230,7 @@ Decision decide(const Layer& layer, const Inputs& in, const Rows& rows) {
 
 void apply_capacity(const Layer& layer, const Inputs& in, const Rows& rows, Decision& d) {
   d.kept = d.allowed;
+  if (d.capacity_is_choice) return;
   const bool by_sequence = layer.capacity.scope == "sequence";
   for (int64_t s = 0; s < (by_sequence ? rows.sequences : 1); ++s) {
     std::vector<size_t> scope;

@@ -26,6 +26,7 @@ inline Dual& operator+=(Dual& a, Dual b) { return a = a + b; }
 inline Dual exp(Dual a) { return {std::exp(a.v), std::exp(a.v) * a.d}; }
 inline Dual log(Dual a) { return {std::log(a.v), a.d / a.v}; }
 inline Dual tanh(Dual a) { return {std::tanh(a.v), (1 - std::tanh(a.v) * std::tanh(a.v)) * a.d}; }
+inline Dual square_root(Dual a) { return {std::sqrt(a.v), a.d / (2 * std::sqrt(a.v))}; }
 inline Dual sigmoid(Dual a) { return Dual(1) / (Dual(1) + exp(Dual(-1) * a)); }
 inline Dual softplus(Dual a) { return log(Dual(1) + exp(a)); }
 inline Dual erf(Dual a) { return {std::erf(a.v), 2 / std::sqrt(std::numbers::pi) * std::exp(-a.v * a.v) * a.d}; }

@@ -16,18 +16,38 @@ Dual squared_variation(const Vec& sums, bool sample) {
   return squares / Dual(sample ? n - 1 : n) / (mean * mean);
 }
 
+// E · Σ f·P over second choices, P without the first choice, renormalised.
+Dual second_place(const Layer& layer, const Decision& d, const Mat& p, const std::vector<size_t>& of) {
+  const auto n = static_cast<double>(of.size());
+  Vec share(layer.experts), mean(layer.experts);
+  for (const size_t t : of) {
+    if (d.choice[t].size() < 2) continue;
+    share[d.choice[t][1]] += Dual(1 / n);
+    Dual rest = 1e-9;
+    for (int64_t e = 0; e < layer.experts; ++e)
+      if (e != d.choice[t][0]) rest += p[t][e];
+    for (int64_t e = 0; e < layer.experts; ++e)
+      if (e != d.choice[t][0]) mean[e] += p[t][e] / rest / Dual(n);
+  }
+  return dot(share, mean) * Dual(static_cast<double>(layer.experts));
+}
+
 Dual balance(const LossCase& loss, const Layer& layer, const Decision& d, const std::vector<size_t>& of) {
   const bool any = loss.option("counts", "first_choice") == "any_choice";
   const bool divide = loss.option("divide_by_k", "false") == "true";
   const Mat& p = loss.option("probabilities", "clean") == "noisy" ? d.noisy_probability : d.clean_probability;
   const auto n = static_cast<double>(of.size());
   Vec share(layer.experts), mean(layer.experts);
+  double choices = 0;  // Σ f, to be divided by
   for (const size_t t : of) {
-    for (size_t j = 0; j < (any ? d.choice[t].size() : 1); ++j)
-      share[d.choice[t][j]] += Dual(1 / n / (any && divide ? static_cast<double>(d.choice[t].size()) : 1));
+    for (size_t j = 0; j < std::min<size_t>(any ? d.choice[t].size() : 1, d.choice[t].size()); ++j) {
+      share[d.choice[t][j]] += Dual(1 / n);
+      choices += 1 / n;
+    }
     for (int64_t e = 0; e < layer.experts; ++e) mean[e] += p[t][e] / Dual(n);
   }
-  return dot(share, mean) * Dual(static_cast<double>(layer.experts));
+  const Dual first = dot(share, mean) * Dual(static_cast<double>(layer.experts) / (any && divide && choices > 0 ? choices : 1));
+  return first + Dual(std::stod(loss.option("second_place", "0"))) * second_place(layer, d, p, of);
 }
 
 Dual log_sum_exp(const Vec& z) {
@@ -41,10 +61,13 @@ Dual log_sum_exp(const Vec& z) {
 Dual value_over(const LossCase& loss, const Layer& layer, const Decision& d, const std::vector<size_t>& of) {
   if (of.empty()) return 0;
   const bool sample = loss.option("variance", "population") == "sample";
+  const bool vmoe = layer.router == "vmoe";
+  const std::string weights = loss.option("of", vmoe ? "probabilities" : "gates");
+  const std::string threshold = loss.option("threshold", vmoe ? "include_self" : "exclude_self");
   if (loss.name == "balance") return balance(loss, layer, d, of);
-  if (loss.name == "importance") return squared_variation(importance(layer, d, of, loss.option("of", "gates") == "gates"), sample);
-  if (loss.name == "load")
-    return squared_variation(load(layer, d, of, loss.option("threshold", "exclude_self") == "include_self"), sample);
+  if (loss.name == "importance") return squared_variation(importance(layer, d, of, weights == "gates"), sample);
+  if (loss.name == "load") return squared_variation(load(layer, d, of, threshold == "include_self"), sample);
+  if (const std::optional<Dual> value = method_loss(loss, layer, d, of)) return *value;
   Dual sum;
   for (const size_t t : of) {
     if (loss.name == "z") sum += log_sum_exp(d.clean[t]) * log_sum_exp(d.clean[t]);

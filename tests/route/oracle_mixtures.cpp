@@ -5,8 +5,6 @@
 namespace moelab::oracle {
 namespace {
 
-Dual square_root(Dual a) { return {std::sqrt(a.v), a.d / (2 * std::sqrt(a.v))}; }
-
 Vec softmax_column(const Mat& logits, size_t column) {
   Vec z;
   for (const Vec& row : logits) z.push_back(row[column]);
@@ -112,10 +110,11 @@ int64_t segment_number(const MixtureLayer& layer, const Inputs& in, const Rows& 
 std::vector<Segment> segments_of(const MixtureLayer& layer, const Inputs& in, const Rows& rows, MixtureResult& result) {
   std::vector<Segment> all;
   for (size_t t = 0; t < rows.count(); ++t) {
-    const int64_t number = segment_number(layer, in, rows, t);
+    const bool one_for_all = layer.router == "thor";
+    const int64_t sequence = one_for_all ? 0 : rows.sequence[t], number = one_for_all ? 0 : segment_number(layer, in, rows, t);
     size_t g = 0;
-    while (g < all.size() && (all[g].sequence != rows.sequence[t] || all[g].number != number)) ++g;
-    if (g == all.size()) all.push_back({rows.sequence[t], number, {}});
+    while (g < all.size() && (all[g].sequence != sequence || all[g].number != number)) ++g;
+    if (g == all.size()) all.push_back({sequence, number, {}});
     all[g].rows.push_back(rows.file_row[t]);
     result.group_of_token[rows.file_row[t]] = static_cast<int64_t>(g);
   }

@@ -6,7 +6,7 @@
 namespace moelab::oracle {
 
 struct MixtureLayer {
-  std::string router = "soft_moe";  // soft_moe | smear | lory
+  std::string router = "soft_moe";  // soft_moe | smear | lory | thor (its averaged evaluation)
   int64_t experts = 3;
   int64_t slots_per_expert = 1;
   bool normalise = true;

@@ -1,5 +1,7 @@
 #include "route_support.h"
 
+#include "method_inputs.h"
+
 #include "core/io/files.h"
 #include "core/io/safetensors.h"
 
@@ -30,6 +32,7 @@ std::string capacity_keys(const oracle::Capacity& c) {
 }
 
 std::string router_keys(const Layer& layer) {
+  if (has_own_oracle(layer)) return method_keys(layer);
   std::string text = fmt::format("name = \"{}\"\n", layer.router);
   if (layer.router == "gshard") {
     text += fmt::format("{} = \"{}\"\nthreshold = {:.17g}\n", layer.train ? "second_expert" : "second_expert_eval", layer.second_expert, layer.threshold);
@@ -44,7 +47,7 @@ std::string router_keys(const Layer& layer) {
 
 std::string noise_keys(const Layer& layer) {
   std::string text = fmt::format("kind = \"{}\"\n", layer.noise);
-  if (layer.noise == "normal") text += fmt::format("std = {:.17g}\n", layer.noise_std);
+  if (layer.noise == "normal" && layer.noise_std >= 0) text += fmt::format("std = {:.17g}\n", layer.noise_std);
   if (layer.noise_epsilon >= 0) text += fmt::format("epsilon = {:.17g}\n", layer.noise_epsilon);
   return text;
 }
@@ -53,7 +56,7 @@ std::string loss_table(const oracle::LossCase& loss) {
   std::string text = fmt::format("[[loss]]\nname = \"{}\"\ncoefficient = {:.17g}\nscope = \"{}\"\n", loss.name, loss.coefficient, loss.scope);
   if (!loss.label.empty()) text += fmt::format("label = \"{}\"\n", loss.label);
   for (const auto& [key, word] : loss.options)
-    text += word == "true" || word == "false" ? fmt::format("{} = {}\n", key, word) : fmt::format("{} = \"{}\"\n", key, word);
+    text += toml_line(key, word);
   return text;
 }
 
@@ -67,13 +70,15 @@ class InputMaker {
     add_normal("grad_y", {rows, width});
     if (sizes_.padding) add("padding", {rows}, [](int64_t t) { return t == 3 || t == 7 ? 1.0 : 0.0; });
     if (sizes_.sequences) add("sequence_ids", {rows}, [](int64_t t) { return t % 3 == 1 ? 7.0 : 40.0; });
-    if (layer_.router != "uniform" && layer_.router != "random") add_normal("router.weight", {layer_.experts, width});
+    const std::set<std::string> without_matrix{"uniform", "random", "hash", "thor", "domain"};
+    if (!without_matrix.count(layer_.router)) add_normal("router.weight", {layer_.experts, width});
     if (layer_.router == "noisy_topk") add_normal("router.noise_weight", {layer_.experts, width});
     add_experts("experts", layer_.experts, layer_.width);
     if (layer_.shared_count > 0) add_experts("shared", 1, layer_.shared_count * layer_.shared_width);
     if (layer_.shared_gate) add_normal("shared.gate_weight", {1, width});
     add_noise();
     if (layer_.capacity.priority == "random") add_uniform("noise.capacity", {rows, layer_.experts});
+    if (has_own_oracle(layer_)) add_method_inputs(layer_, random_, arrays_);
     return std::move(arrays_);
   }
 
@@ -122,11 +127,12 @@ class InputMaker {
       add("noise", {rows, layer_.experts}, [&](int64_t) { return draw(random_); });
     } else if (layer_.train && (layer_.noise == "jitter" || (layer_.noise == "paper" && layer_.router == "switch"))) {
       add_uniform("noise", {rows, sizes_.width});
-    } else if (layer_.train && (layer_.noise == "normal" || (layer_.noise == "paper" && layer_.router == "noisy_topk"))) {
+    } else if (layer_.train && (layer_.noise == "normal" || (layer_.noise == "paper" && noisy_.count(layer_.router)))) {
       add_normal("noise", {rows, layer_.experts});
     }
   }
 
+  const std::set<std::string> noisy_{"noisy_topk", "vmoe"};
   const Layer& layer_;
   RouteSizes sizes_;
   std::mt19937_64 random_;
@@ -160,6 +166,15 @@ class Comparison {
     REQUIRE(run_.tensors.count(name) == 1);
     CHECK(error_between(numbers(run_.tensors.at(name)), expected) <= tolerance_);
   }
+  size_t count_of(const std::string& prefix) const {
+    size_t count = 0;
+    for (const auto& entry : run_.tensors) count += entry.first.starts_with(prefix);
+    return count;
+  }
+  void absent(const std::string& name) const {
+    INFO("tensor " << name);
+    CHECK(run_.tensors.count(name) == 0);
+  }
   void same(const std::string& name, const std::vector<int64_t>& expected) const {
     INFO("tensor " << name);
     REQUIRE(run_.tensors.count(name) == 1);
@@ -180,7 +195,10 @@ void compare_values(const Comparison& compare, const oracle::Result& expected) {
   compare.close("gate", values_of({expected.gate}));
   compare.close("y", values_of(expected.y));
   for (const auto& [label, value] : expected.loss) compare.close("loss." + label, {value.v});
+  CHECK(compare.count_of("loss.") == expected.loss.size());  // exactly the listed ones
   for (const auto& [name, value] : expected.probe) compare.close("probe." + name, values_of(value));
+  for (const std::string promised : {"logits", "probs", "importance", "load", "gap"})
+    if (!expected.probe.count(promised)) compare.absent("probe." + promised);
 }
 
 bool is_parameter(const std::string& name) {
@@ -191,6 +209,10 @@ void compare_state(const Comparison& compare, const Layer& layer, const Arrays& 
   for (const auto& [name, array] : arrays) {
     if (!is_parameter(name)) continue;
     compare.close(name, array.value);
+    if (array.buffer) {
+      compare.absent("grad." + name);
+      continue;
+    }
     const bool frozen = layer.router == "frozen" && name.starts_with("router.");
     compare.close("grad." + name, frozen ? std::vector<double>(array.value.size(), 0.0) : oracle::gradient(layer, arrays, name));
   }
@@ -236,7 +258,8 @@ RouteRun RouteFolder::run_bare(const std::string& arguments) const {
 }
 
 std::string toml_of(const Layer& layer) {
-  std::string text = fmt::format("[moe]\nexperts = {}\n", layer.experts);
+  const int64_t active = layer.active > 0 ? layer.active : layer.experts;
+  std::string text = fmt::format("[moe]\nexperts = {}\nmax_experts = {}\n", active, layer.experts);
   if (layer.losses.empty()) text += "losses = \"none\"\n";
   text += "[moe.router]\n" + router_keys(layer) + "[moe.noise]\n" + noise_keys(layer);
   text += fmt::format("[moe.expert]\nname = \"ffn\"\nactivation = \"{}\"\nwidth = {}\nbias = {}\n", layer.activation, layer.width, layer.bias);
@@ -244,6 +267,7 @@ std::string toml_of(const Layer& layer) {
     text += fmt::format("[moe.shared]\ncount = {}\nwidth = {}\ngate = {}\n", layer.shared_count, layer.shared_width, layer.shared_gate);
   text += (layer.train ? "[moe.capacity]\n" : "[moe.capacity.eval]\n") + capacity_keys(layer.capacity);
   for (const oracle::LossCase& loss : layer.losses) text += loss_table(loss);
+  if (layer.step > 0) text += fmt::format("[route]\nstep = {}\ntotal_steps = {}\n", layer.step, layer.step + 1);
   return text;
 }
 
@@ -255,7 +279,7 @@ std::vector<NamedTensor> file_tensors(const Arrays& arrays, at::ScalarType dtype
   for (const auto& [name, array] : arrays) {
     Tensor tensor = at::empty(array.shape, at::TensorOptions().dtype(at::kDouble));
     std::copy(array.value.begin(), array.value.end(), tensor.mutable_data_ptr<double>());
-    const bool index = kIndexNames.count(name) || (name == "noise" && whole_noise);
+    const bool index = array.whole || kIndexNames.count(name) || (name == "noise" && whole_noise);
     tensors.push_back({name, tensor.to(index ? at::kLong : name == "padding" ? at::kBool : dtype)});
   }
   return tensors;
@@ -270,13 +294,22 @@ RouteRun run_layer(const Layer& layer, const Arrays& arrays, const std::string& 
 
 void expect_agreement(const Layer& layer, const Arrays& given, at::ScalarType dtype) {
   const Arrays arrays = dtype == at::kFloat ? rounded_to_float(given) : given;
+  expect_agreement(run_layer(layer, arrays, "--grad", dtype), layer, arrays, dtype == at::kFloat ? 1e-5 : 1e-10);
+}
+
+void expect_agreement(const RouteRun& run, const Layer& layer, const Arrays& arrays, double tolerance) {
   INFO(toml_of(layer));
-  const RouteRun run = run_layer(layer, arrays, "--grad", dtype);
   INFO(run.err);
   REQUIRE(run.code == 0);
-  const Comparison compare(run, dtype == at::kFloat ? 1e-5 : 1e-10);
+  const Comparison compare(run, tolerance);
   compare_values(compare, oracle::evaluate(layer, arrays));
   compare_state(compare, layer, arrays);
+}
+
+void expect_agreement_after_step(const Layer& layer, const Arrays& arrays) {
+  const RouteRun run = run_layer(layer, arrays, "--grad --end-step");
+  expect_agreement(run, layer, arrays);
+  for (const auto& [name, array] : oracle::after_step(layer, arrays)) Comparison(run, 1e-10).close("after." + name, array.value);
 }
 
 std::vector<double> numbers(const Tensor& tensor) {

@@ -56,6 +56,10 @@ RouteRun run_layer(const oracle::Layer& layer, const oracle::Arrays& arrays, con
 
 // Plan, output, losses, probes, state and every gradient; checks with Catch.
 void expect_agreement(const oracle::Layer& layer, const oracle::Arrays& arrays, at::ScalarType dtype = at::kDouble);
+// The same of a run with --grad that exists already.
+void expect_agreement(const RouteRun& run, const oracle::Layer& layer, const oracle::Arrays& arrays, double tolerance = 1e-10);
+// With --end-step, and every tensor of the router after it.
+void expect_agreement_after_step(const oracle::Layer& layer, const oracle::Arrays& arrays);
 
 std::vector<double> numbers(const Tensor& tensor);
 std::vector<int64_t> integers(const Tensor& tensor);

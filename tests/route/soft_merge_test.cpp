@@ -27,6 +27,7 @@ std::string mixture_toml(const MixtureLayer& layer) {
   if (layer.router == "lory")
     text += fmt::format("segment_length = {}\nfirst_segment = \"{}\"\neval = \"{}\"\n", layer.segment_length,
                         layer.own_first ? "own_stopgrad" : "uniform", layer.prompt ? "prompt" : "segments");
+  if (layer.router == "thor") text += "inference = \"averaged\"\n";
   if (layer.noise_std > 0) text += fmt::format("[moe.noise]\nkind = \"normal\"\nstd = {:.17g}\n", layer.noise_std);
   text += fmt::format("[moe.expert]\nactivation = \"gelu\"\nwidth = {}\nbias = true\n", layer.width);
   if (layer.entropy != 0) text += fmt::format("[[loss]]\nname = \"entropy\"\ncoefficient = {:.17g}\n", layer.entropy);
@@ -42,7 +43,7 @@ class MixtureInputs {
              {"w_in", {experts, layer.width, 4}}, {"b_in", {experts, layer.width}},
              {"w_out", {experts, 4, layer.width}}, {"b_out", {experts, 4}}})
       normal("experts." + name, shape);
-    if (layer.router != "soft_moe") normal("router.weight", {experts, 4});
+    if (layer.router == "smear" || layer.router == "lory") normal("router.weight", {experts, 4});
     if (layer.router == "soft_moe") normal("router.phi", {slots, 4});
     if (layer.router == "soft_moe") arrays["router.scale"] = {{1}, {1.6}};
     if (layer.noise_std > 0) normal("noise", {rows, slots});
@@ -116,10 +117,27 @@ void check_soft(const MixtureLayer& layer, const oracle::MixtureResult& expected
   CHECK(run.tensors.at("slots").sizes() == at::IntArrayRef({sequences, layer.experts * layer.slots_per_expert, 4}));
 }
 
+// Each row's mixture, and the softmax of its logits.
+void check_probes(const MixtureLayer& layer, const oracle::MixtureResult& expected, const RouteRun& run) {
+  oracle::Mat mixture_of_row(expected.group_of_token.size(), oracle::Vec(layer.experts)), softmax_of_row = mixture_of_row;
+  for (size_t t = 0; t < mixture_of_row.size(); ++t) {
+    if (expected.group_of_token[t] < 0) continue;
+    mixture_of_row[t] = expected.alpha[expected.group_of_token[t]];
+    const std::vector<double> logits = numbers(run.tensors.at("probe.logits")[static_cast<int64_t>(t)]);
+    double sum = 0;
+    for (const double logit : logits) sum += std::exp(logit);
+    for (size_t e = 0; e < logits.size(); ++e) softmax_of_row[t][e] = std::exp(logits[e]) / sum;
+  }
+  check_close(run, "probe.probs", plain_values(mixture_of_row));
+  check_close(run, "probe.probs", plain_values(softmax_of_row));
+}
+
 void check_merge(const MixtureLayer& layer, const oracle::MixtureResult& expected, const RouteRun& run) {
   check_close(run, "alpha", plain_values(expected.alpha));
   REQUIRE(run.tensors.count("group_of_token") == 1);
   CHECK(integers(run.tensors.at("group_of_token")) == expected.group_of_token);
+  if (layer.router == "thor") CHECK(run.tensors.count("probe.logits") == 0);
+  else check_probes(layer, expected, run);
   if (layer.entropy != 0) check_close(run, "loss.entropy", {expected.entropy.v});
 }
 
@@ -224,6 +242,11 @@ TEST_CASE("route of smear agrees with plain loops in both modes") {
     const MixtureLayer layer{.router = "smear", .entropy = 0.2, .train = train};
     expect_mixture(layer, ragged(layer));
   }
+}
+
+TEST_CASE("route of thor's evaluation by averaged parameters agrees with plain loops: one group, every weight 1/E") {
+  const MixtureLayer layer{.router = "thor", .train = false};
+  expect_mixture(layer, ragged(layer));
 }
 
 TEST_CASE("route of no rows: empty plans, gradients of 0, for soft and merging routers") {

@@ -422,6 +422,8 @@ TEST_CASE("noise: none by default, of standard deviation 1/E where asked for wit
     CHECK(router->facts().noisy_in_training == (std > 0));
     CHECK(pairs_of(route(*router, RouteCase(z_TE))) == slow_choice(softmax_rows(z_TE), all, 3));
   }
+  const auto roomy = build_router({.name = "expert_choice", .experts = 3, .max_experts = 4, .noise = normal});  // E is max_experts
+  CHECK(relative_error(route(*roomy, RouteCase(z_TE).train()).scores.noise_std_TE.slice(1, 0, 3), at::full({12, 3}, 0.25, at::kDouble)) < 1e-15);
 }
 
 TEST_CASE("experts that are not there yet choose nothing, with a cap and by thresholds too") {

@@ -65,6 +65,17 @@ TEST_CASE("noisy_topk oracle (spec 2.1): load and its CV²") {
   CHECK(std::abs(squared_cv(load_E) - 0.1397) < 5.1e-5);
 }
 
+TEST_CASE("noisy_topk invariants (spec 2.1): rows of G sum to 1 with exactly k nonzeros; those of P need not sum to k") {
+  for (const int64_t k : {1, 3, 6}) {
+    const auto router = noisy_random(k);
+    const RouteOutput out = route(*router, RouteCase(random_tensor(3, {12, 5})).train().noise(random_tensor(4, {12, 6})));
+    const Tensor gates_TE = dense_gates(sparse(out));
+    CHECK(relative_error(gates_TE.sum(1), at::ones({12}, at::kDouble)) < 1e-14);
+    CHECK(gates_TE.ne(0).sum(1).eq(k).all().item<bool>());
+    if (k < 6) CHECK((load_probability(out.scores, k, false).sum(1) - k).abs().max().item<double>() > 0.05);
+  }
+}
+
 TEST_CASE("noisy_topk equals plain loops: noise scale, choice, gates, probes") {
   const int64_t rows = 12, k = 3;
   const auto router = noisy_random(k, {.epsilon = 0.05, .epsilon_given = true});
