@@ -17,7 +17,6 @@
 #include "core/linear_router.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
@@ -128,11 +127,13 @@ void require_different(const Tensor& choice_TK) {
     usage_error("a line of the table of router 'hash' names an expert twice");
 }
 
-// The token before each row in its sequence. `last_B` holds the one before the first row, and then the last one.
+// The token before each row in its sequence, by position. `last_B` holds the one before the first row, and then the last one.
 Tensor tokens_before(const RouteInput& in, Tensor& last_B) {
+  const Tensor order_T = in.position_T.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   Tensor before_T = at::empty_like(in.token_ids_T);
   auto* last = last_B.mutable_data_ptr<int64_t>();
-  for (int64_t t = 0; t < in.rows(); ++t) {
+  for (int64_t i = 0; i < in.rows(); ++i) {
+    const int64_t t = order_T.const_data_ptr<int64_t>()[i];
     int64_t& held = last[in.sequence_T.const_data_ptr<int64_t>()[t]];
     before_T.mutable_data_ptr<int64_t>()[t] = held;
     held = in.token_ids_T.const_data_ptr<int64_t>()[t];
@@ -144,6 +145,7 @@ Tensor tokens_after(const RouteInput& in) {
   RouteInput mirrored = in;
   mirrored.token_ids_T = in.token_ids_T.flip(0);
   mirrored.sequence_T = in.sequence_T.flip(0);
+  mirrored.position_T = in.position_T.flip(0).neg();
   Tensor next_B = at::zeros({in.sequences}, at::kLong).add_(kOutsideToken);
   return tokens_before(mirrored, next_B).flip(0);
 }
@@ -171,11 +173,6 @@ class HashRouter : public Router {
     facts.looks_ahead = kind_ == HashKind::kFuture;
     facts.decodes = kind_ != HashKind::kFuture;
     return facts;
-  }
-
-  Tensor active_experts_E() const override {
-    if (spec_.max_experts == spec_.experts) return {};
-    return at::arange(spec_.max_experts, at::kLong).lt(spec_.experts);
   }
 
   // The lines are tokens, even where there are as many of them as experts.

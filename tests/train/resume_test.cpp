@@ -95,10 +95,9 @@ bool evaluates_by_thresholds(const RouterEntry& router) {
 
 // Stages of a router, where it has any, begin and end within the 12 steps of the run.
 std::vector<std::string> with_stages(const RouterEntry& router, std::vector<std::string> set) {
-  const Options options(router.options);
-  for (const auto& [key, step] : {std::pair("stage1_steps", 5), {"warmup_steps", 4}, {"window_start", 1}, {"window_update", 3}, {"window_period", 4}})
-    if (options.declared(key)) set.push_back(fmt::format("moe.router.{}={}", key, step));
-  if (options.declared("window_update")) set.push_back("moe.max_experts=6");
+  const std::map<std::string, OptionValue> stages = stages_within(router.options, 6);
+  for (const auto& [key, step] : stages) set.push_back(fmt::format("moe.router.{}={}", key, to_text(step)));
+  if (!stages.empty()) set.push_back("moe.max_experts=6");
   if (evaluates_by_thresholds(router)) set.push_back("moe.router.eval=thresholds");
   set.push_back("train.allow_noncausal_training=true");
   return set;
@@ -123,6 +122,41 @@ TEST_CASE("stopped after any of its steps and resumed, a run with any router end
     CAPTURE(step);
     const Checkpoint checkpoint = load_checkpoint(fmt::format("{}/step-{}", folder.path(), step));
     check_same(resumed(tiny_experiment(router, set), checkpoint, up_to(whole.windows, step)), whole);
+  }
+}
+
+// Of training alone.
+Windows without_evaluations(Windows windows) {
+  std::erase_if(windows, [](const auto& entry) { return entry.first >= 1000; });
+  return windows;
+}
+
+TEST_CASE("evaluating after every step, or recomputing activations, changes no bit of a run with any router, and no counter") {
+  const std::string router = GENERATE(from_range(router_names()));
+  CAPTURE(router);
+  const auto run = [&](std::vector<std::string> settings) {
+    Finished end = unstopped(tiny_experiment(router, with_stages(Registry<RouterEntry>::instance().find(router), settings)));
+    end.windows = without_evaluations(end.windows);
+    return end;
+  };
+  const Finished plain = run({});
+  check_same(run({"eval.every=1"}), plain);
+  check_same(run({"train.recompute=true"}), plain);
+}
+
+TEST_CASE("a model is evaluated twice alike, whatever its router") {
+  const std::string router = GENERATE(from_range(router_names()));
+  CAPTURE(router);
+  const Experiment e = tiny_experiment(router, with_stages(Registry<RouterEntry>::instance().find(router), {"train.steps=3"}));
+  trained(e);
+  const std::shared_ptr<Comm> alone = single_comm();
+  const Evaluation first = evaluate(*e.model, *e.data, {0, 4, 3}, *alone);
+  const Evaluation second = evaluate(*e.model, *e.data, {0, 4, 3}, *alone);
+  CHECK(first.loss == second.loss);
+  REQUIRE(first.records.size() == second.records.size());
+  for (size_t s = 0; s < first.records.size(); ++s) {
+    CHECK(first.records[s].chosen_E == second.records[s].chosen_E);
+    CHECK(first.records[s].entropy_sum == second.records[s].entropy_sum);
   }
 }
 
