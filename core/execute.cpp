@@ -6,6 +6,7 @@
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 namespace moelab {
 namespace {
@@ -56,6 +57,13 @@ Tensor execute_soft(const SoftPlan& plan, const ExpertBank& bank, const ExecuteI
   return at::cat(outputs).index_select(0, at::cat(rows).argsort());
 }
 
+// The experts' gradients are then zero, not missing.
+Tensor without_rows(const ExpertBank& bank, const ExecuteInput& input) {
+  const Tensor offsets_E1 = at::zeros({bank.experts() + 1}, at::kLong);
+  return bank.forward({.rows_ND = input.x_TD, .offsets_E1 = offsets_E1, .input_TD = input.x_TD, .sequence_T = input.sequence_T,
+                       .cu_seqlens_B1 = input.cu_seqlens_B1, .cache = input.cache, .training = input.training}, 0);
+}
+
 }  // namespace
 
 Tensor map_pairs(const SparsePlan& plan, const ExpertBank& bank, const Tensor& rows_ND, const ExecuteInput& input, int stage) {
@@ -73,7 +81,7 @@ Tensor execute(const Plan& plan, const ExpertBank& bank, const ExecuteInput& inp
                 " stages around code of their module; place them in a site that runs the stages itself");
   if (execution == Execution::kReference) return execute_reference(plan, bank, input);
   if (const auto* sparse = std::get_if<SparsePlan>(&plan)) return execute_sparse(*sparse, bank, input);
-  if (input.x_TD.size(0) == 0) return input.x_TD.mul(0);  // there may be no sequence and no group
+  if (input.x_TD.size(0) == 0) return without_rows(bank, input);  // there may be no sequence and no group
   if (const auto* soft = std::get_if<SoftPlan>(&plan)) return execute_soft(*soft, bank, input);
   return execute_merge(std::get<MergePlan>(plan), bank, input);
 }

@@ -94,6 +94,25 @@ OptionSpec OptionSpec::as_paths() const {
   return spec;
 }
 
+OptionSpec OptionSpec::in_steps() const {
+  OptionSpec spec = *this;
+  spec.steps = true;
+  return spec;
+}
+
+std::map<std::string, OptionValue> stages_within(const OptionSpecs& specs, int64_t steps) {
+  int64_t longest = 0;
+  for (const OptionSpec& spec : specs)
+    if (spec.steps) longest = std::max(longest, std::get<int64_t>(spec.default_value));
+  std::map<std::string, OptionValue> values;
+  for (const OptionSpec& spec : specs) {
+    if (!spec.steps) continue;
+    const int64_t usual = std::get<int64_t>(spec.default_value);
+    values[spec.name] = longest == 0 ? steps : (usual * steps + longest - 1) / longest;  // all of them 0: a stage that is off
+  }
+  return values;
+}
+
 OptionSpec option(const std::string& name, bool default_value, const std::string& doc) { return {name, default_value, doc}; }
 OptionSpec option(const std::string& name, int default_value, const std::string& doc) { return {name, int64_t{default_value}, doc}; }
 OptionSpec option(const std::string& name, double default_value, const std::string& doc) { return {name, default_value, doc}; }

@@ -22,12 +22,14 @@ struct OptionSpec {
   double max = std::numeric_limits<double>::infinity();
   std::vector<std::string> choices = {};  // strings only; empty means any
   enum class Paths { kNone, kOne, kList } paths = Paths::kNone;  // strings only: files, the list separated by commas
+  bool steps = false;  // integers only: counts optimiser steps, so a stage of the method begins or ends there
 
   OptionSpec at_least(double low) const;
   OptionSpec between(double low, double high) const;
   OptionSpec one_of(std::vector<std::string> words) const;
   OptionSpec as_path() const;   // relative to the folder of the file that says it, or else to the working folder
   OptionSpec as_paths() const;  // several of them
+  OptionSpec in_steps() const;
 };
 
 // option("k", 2, "experts per row").at_least(1)
@@ -38,6 +40,9 @@ OptionSpec option(const std::string& name, const char* default_value, const std:
 OptionSpec option(const std::string& name, std::vector<int64_t> default_value, const std::string& doc);
 
 using OptionSpecs = std::vector<OptionSpec>;
+
+// Values of the options that count steps which put every stage among the first `steps` ones, in the defaults' proportions.
+std::map<std::string, OptionValue> stages_within(const OptionSpecs& specs, int64_t steps);
 
 std::string type_name(const OptionValue& value);  // "bool", "integer", "real", "string", "list of integers"
 std::string with_article(const std::string& noun);  // "a bool", "an integer"

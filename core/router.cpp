@@ -3,6 +3,8 @@
 #include "core/error.h"
 #include "core/registry_impl.h"
 
+#include <ATen/ops/arange.h>
+
 #include <fmt/format.h>
 
 namespace moelab {
@@ -15,7 +17,10 @@ std::vector<Event> Router::end_step(const std::map<std::string, Tensor>&, int64_
 RouterFacts Router::facts() const { return entry().facts; }
 std::string Router::noise_shape(Mode) const { return entry().noise_shape; }
 
-Tensor Router::active_experts_E() const { return {}; }
+Tensor Router::active_experts_E() const {
+  if (spec_.max_experts == spec_.experts) return {};
+  return at::arange(spec_.max_experts, at::kLong).lt(spec_.experts);
+}
 
 int64_t Router::active_experts() const {
   const Tensor active_E = active_experts_E();
@@ -36,6 +41,15 @@ const char* to_string(Mode mode) {
     case Mode::kTrain: return "training";
     case Mode::kEval: return "evaluation";
     case Mode::kDecode: return "decoding";
+  }
+  return "?";
+}
+
+const char* to_string(ProbabilityRule rule) {
+  switch (rule) {
+    case ProbabilityRule::kSoftmax: return "softmax";
+    case ProbabilityRule::kSigmoidShare: return "sigmoid share";
+    case ProbabilityRule::kOwn: return "own";
   }
   return "?";
 }

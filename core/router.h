@@ -30,12 +30,13 @@ struct RouteInput {
   Tensor segment_T;          // undefined, or rising within a sequence
   Tensor domain_T;           // undefined, or a task, language or domain label
   Tensor sequence_T;         // 0 … sequences-1; rows of several sequences may be interleaved
-  Tensor position_T;         // position within the sequence
+  Tensor position_T;         // position within the sequence, which says what comes before what
   Tensor sequence_key_T;     // global sequence id of this step: keys the draws
   int64_t sequences = 1;
   Tensor cu_seqlens_B1;      // int64 [B+1], where the rows lie sequence by sequence; undefined where interleaved
   Tensor carry;              // what the router of the previous MoE layer handed on; undefined in the first
   const Assignment* forced = nullptr;  // replay this selection: recomputation, finite differences
+  std::map<std::string, Tensor>* held = nullptr;  // what stop_gradient() keeps where it was: finite differences of surrogates
   Tensor noise;              // overrides the raw draw; undefined = draw
   Tensor capacity_noise_TE;  // overrides the random drop order
 
@@ -61,7 +62,7 @@ struct RouteState {
 // Three score tensors that may differ, and what losses need to know of noise. All [T,E], any may be undefined.
 struct Scores {
   Tensor select_TE;  // what the choice was made on
-  Tensor gate_TE;    // what the gates were taken from
+  Tensor gate_TE;    // what the gates were taken from: those of a row are in proportion to it
   Tensor loss_TE;    // probabilities for losses, without noise
   Tensor clean_TE;   // logits without noise
   Tensor noisy_TE;   // logits with noise; equal to clean_TE where none was drawn
@@ -96,6 +97,10 @@ struct CorpusStatistics {
   Tensor token_counts_V;  // int64
 };
 
+// How probabilities for losses come from clean logits: softmax z, σ(z) / Σ σ(z), or by a rule of the router's own.
+enum class ProbabilityRule { kSoftmax, kSigmoidShare, kOwn };
+const char* to_string(ProbabilityRule rule);
+
 // What evaluation does with the experts: as training does, all of them on every row, or one of averaged parameters.
 enum class InEvaluation { kAsInTraining, kAllExperts, kMergedExperts };
 const char* to_string(InEvaluation what);
@@ -117,13 +122,14 @@ struct RouterFacts {
                                    // sequence alone (in training)
   bool batch_independent_eval = true;
   bool looks_ahead = false;        // reads later tokens by construction (leak controls)
-  bool straight_through = false;   // its gradient is a declared surrogate
+  bool straight_through = false;   // its gradient is a declared surrogate: what stop_gradient() names has none
   bool differentiable_gate = true; // gates depend on the scores
   bool permutation_equivariant = true;  // permuting experts' parameters permutes the plan
   bool decodes = true;             // token by token equals the full forward
   int64_t passes = 1;              // forward passes per step
   int64_t fixed_k = 0;             // choices per row where the method fixes them; 0 = the option `k`, or it varies
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
+  ProbabilityRule probabilities = ProbabilityRule::kSoftmax;  // of these scores
   bool distils = false;            // a second router learns its choices: RouteOutput::statistics has its scores, "distilled"
   bool time_ordered = false;       // where a row's decision depends on others, places included, none of them is later
   InEvaluation in_evaluation = InEvaluation::kAsInTraining;
@@ -189,7 +195,8 @@ class Router : public Module {
   // Tensors whose row e belongs to expert e: surgery copies, resets and permutes these beside the experts' own.
   virtual std::vector<Tensor> per_expert_tensors() const;
 
-  // Bool [max_experts], the experts that may be chosen now; undefined = all of them. Metrics and losses count these only.
+  // Bool [max_experts], the experts that may be chosen now; undefined = all of them. Metrics and losses count these only. Where
+  // none come and go: those the layer began with.
   virtual Tensor active_experts_E() const;
   int64_t active_experts() const;  // their number
 

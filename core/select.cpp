@@ -115,6 +115,10 @@ NoisyLogits noisy_logits(const RouteInput& in, const Tensor& weight_ED, const No
   return logits;
 }
 
+Tensor stop_gradient(const RouteInput& in, const char* name, const Tensor& value) {
+  return in.held ? in.held->try_emplace(name, value.detach()).first->second : value.detach();
+}
+
 Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK) {
   const Tensor gathered_TK = score_TE.gather(1, choice_TK.clamp_min(0));
   return gathered_TK.masked_fill(choice_TK.lt(0), 0);

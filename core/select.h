@@ -33,6 +33,10 @@ Tensor raw_gumbel(const RouteInput& in, int64_t columns);
 // Applies kind = none | normal (std) | jitter (epsilon, on the input); kind `paper` is resolved by the router before.
 NoisyLogits noisy_logits(const RouteInput& in, const Tensor& weight_ED, const NoiseSpec& noise);
 
+// The value without its gradient, by which a router declares its surrogate: straight-through terms, constants of a backward
+// pass. Checks of gradients hold it where it was (`in.held`); a name stands for one value of a call.
+Tensor stop_gradient(const RouteInput& in, const char* name, const Tensor& value);
+
 // Gathers score_TE at choice_TK; 0 where the choice is -1.
 Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK);
 

@@ -49,6 +49,7 @@ Json facts_json(const RouterEntry& entry) {
           {"passes", f.passes},
           {"fixed_k", f.fixed_k},
           {"has_scores", f.has_scores},
+          {"probabilities", to_string(f.probabilities)},
           {"distils", f.distils},
           {"time_ordered", f.time_ordered},
           {"in_evaluation", to_string(f.in_evaluation)}};

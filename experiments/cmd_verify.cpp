@@ -126,6 +126,7 @@ void add_verify_command(CLI::App& app) {
   verb->add_option("NAME", arguments->names, "routers, or shared libraries (.so) with routers of your own");
   verb->add_flag("--all", arguments->all, "every registered router");
   verb->add_option("--property", arguments->settings.only, "only this property; may be repeated")->take_all();
+  verb->add_flag("--defaults", arguments->settings.defaults_only, "options at their defaults alone");
   verb->add_option("--cases", arguments->settings.cases, "random cases of the property `executors`")
       ->check(CLI::PositiveNumber);
   verb->add_option("--seed", arguments->settings.seed, "of the random cases");

@@ -10,17 +10,23 @@ namespace {
 
 constexpr int kCapacityCases = 12;
 
-std::string capacity_not_applicable(const Subject& subject) {
-  const std::string reason = needs_choices(subject);
-  return reason.empty() ? needs_independence(subject) : reason;
+// Where experts choose rows, the capacity is what they choose by.
+bool chooses_by_capacity(const Subject& subject, Mode mode) {
+  return subject.facts.capacity_is_choice && !decides_row_by_row(subject, mode);
 }
 
-// A case with a random policy, in a mode in which the choice does not depend on the capacity.
+std::string capacity_not_applicable(const Subject& subject) {
+  const std::string reason = needs_choices(subject);
+  if (!reason.empty() || !chooses_by_capacity(subject, Mode::kTrain) || !chooses_by_capacity(subject, Mode::kEval)) return reason;
+  return "its experts choose rows, as many as the capacity says: nothing is dropped";
+}
+
+// A case with a random policy, in a mode in which the choice does not depend on the capacity, where there is one.
 KitCase capacity_case(const Subject& subject, std::mt19937_64& draw) {
   KitCase at{
       .rows = pick(draw, 0, 40), .sequences = pick(draw, 1, 4), .capacity = random_capacity(draw), .seed = pick(draw, 0, 999)};
   at.mode = pick(draw, 0, 1) == 0 ? Mode::kTrain : Mode::kEval;
-  if (!decides_row_by_row(subject, at.mode)) at.mode = at.mode == Mode::kTrain ? Mode::kEval : Mode::kTrain;
+  if (chooses_by_capacity(subject, at.mode)) at.mode = at.mode == Mode::kTrain ? Mode::kEval : Mode::kTrain;
   if (subject.facts.plan_in(at.mode) != PlanForm::kSparse) at.mode = Mode::kTrain;
   return at;
 }
@@ -33,22 +39,33 @@ std::vector<int64_t> count_pairs(const Tensor& choice_TK, const Tensor& counted_
   return counts;
 }
 
-void check_conserved_once(const Subject& subject, const KitCase& at) {
+// What is dropped with a capacity is what is kept without one, and losses do not know of it.
+void check_drops(const Subject& subject, const KitCase& at, const RouteInput& in, const KitLayer& layer, const RouteOutput& out) {
   KitCase free = at;
   free.capacity = {};
-  const RouteInput in = kit_input(at);
-  const Assignment all = kit_layer(subject, free).route(in).assignment;
-  const RouteOutput out = kit_layer(subject, at).route(in);
-  const Assignment& some = out.assignment;
+  const KitLayer roomy = kit_layer(subject, free);
+  const RouteOutput whole = roomy.route(in);
+  const Assignment &some = out.assignment, &all = whole.assignment;
+  const std::vector<double> losses = loss_values(layer, in, out), expected = loss_values(roomy, in, whole);
+  for (size_t i = 0; i < losses.size(); ++i)
+    must(losses[i] == expected[i], fmt::format("loss {} depends on what is dropped", layer.site.losses[i].label), at);
   must(at::equal(all.choice_TK, some.choice_TK), "the capacity changes what is chosen", at);
   must(!all.dropped_TK.any().item<bool>(), "pairs are dropped without a capacity", at);
-  must(!some.kept_TK.logical_and(some.dropped_TK).any().item<bool>(), "a pair is both kept and dropped", at);
   must(at::equal(all.kept_TK, some.kept_TK.logical_or(some.dropped_TK)),
        "kept and dropped pairs are not those that are kept without a capacity", at);
-  const RoutingRecord record = record_of(in, out, at.experts);
-  must(record.chosen_E == count_pairs(all.choice_TK, all.kept_TK, at.experts),
+}
+
+void check_conserved_once(const Subject& subject, const KitCase& at) {
+  const RouteInput in = kit_input(at);
+  const KitLayer layer = kit_layer(subject, at);
+  const RouteOutput out = layer.route(in);
+  const Assignment& some = out.assignment;
+  if (!chooses_by_capacity(subject, at.mode)) check_drops(subject, at, in, layer, out);
+  must(!some.kept_TK.logical_and(some.dropped_TK).any().item<bool>(), "a pair is both kept and dropped", at);
+  const RoutingRecord record = record_of(in, out, layer.max_experts());
+  must(record.chosen_E == count_pairs(some.choice_TK, some.kept_TK.logical_or(some.dropped_TK), layer.max_experts()),
        "pairs per expert are not counted before the drops", at);
-  must(record.accepted_E == count_pairs(some.choice_TK, some.kept_TK, at.experts),
+  must(record.accepted_E == count_pairs(some.choice_TK, some.kept_TK, layer.max_experts()),
        "accepted pairs per expert are counted wrongly", at);
   const auto& plan = std::get<SparsePlan>(out.plan);
   must(plan.token_N.numel() == some.kept_TK.sum().item<int64_t>(), "the plan holds other pairs than those kept", at);
@@ -63,11 +80,11 @@ void check_conserved(const Subject& subject) {
 // Places left of (scope, expert), and the rule that a pair takes one while there is one.
 class Places {
  public:
-  Places(const KitCase& at, const RouteInput& in, int64_t k)
+  Places(const KitCase& at, const RouteInput& in, int64_t experts, int64_t k)
       : in_(in), per_sequence_(at.capacity.scope == CapacityPolicy::Scope::kSequence) {
     for (int64_t scope = 0; scope < (per_sequence_ ? in.sequences : 1); ++scope) {
       const int64_t rows = per_sequence_ ? in.sequence_T.eq(scope).sum().item<int64_t>() : in.rows();
-      left_.emplace_back(at.experts, at.capacity.places(rows, at.experts, k));
+      left_.emplace_back(experts, at.capacity.places(rows, experts, k));
     }
   }
   int64_t& left(int64_t row, int64_t expert) { return left_[per_sequence_ ? in_.sequence_T[row].item<int64_t>() : 0][expert]; }
@@ -80,10 +97,10 @@ class Places {
 };
 
 // Position order by plain loops: all first choices before all second ones, or row by row.
-void check_served_by_position(const RouteInput& in, const Assignment& assignment, const KitCase& at) {
+void check_served_by_position(const RouteInput& in, const Assignment& assignment, const KitCase& at, int64_t experts) {
   const int64_t rows = in.rows(), choices = assignment.choice_TK.size(1);
   const bool by_rank = at.capacity.order == CapacityPolicy::Order::kChoiceMajor;
-  Places places(at, in, choices);
+  Places places(at, in, experts, choices);
   for (int64_t i = 0; i < rows * choices; ++i) {
     const int64_t t = by_rank ? i % rows : i / choices, k = by_rank ? i / rows : i % choices;
     const bool kept = assignment.kept_TK[t][k].item<bool>();
@@ -94,8 +111,8 @@ void check_served_by_position(const RouteInput& in, const Assignment& assignment
 }
 
 // Whatever the order: nobody exceeds the places, and nobody is dropped while one is free.
-void check_full_use(const RouteInput& in, const Assignment& assignment, const KitCase& at) {
-  Places places(at, in, assignment.choice_TK.size(1));
+void check_full_use(const RouteInput& in, const Assignment& assignment, const KitCase& at, int64_t experts) {
+  Places places(at, in, experts, assignment.choice_TK.size(1));
   const auto each = [&](const Tensor& marked_TK, const auto& visit) {
     for (int64_t t = 0; t < in.rows(); ++t)
       for (int64_t k = 0; k < assignment.choice_TK.size(1); ++k)
@@ -114,9 +131,11 @@ void check_capacity(const Subject& subject) {
     KitCase at = capacity_case(subject, draw);
     if (i % 2 == 0) at.capacity.priority = CapacityPolicy::Priority::kPosition;
     const RouteInput in = kit_input(at);
-    const Assignment assignment = kit_layer(subject, at).route(in).assignment;
-    check_full_use(in, assignment, at);
-    if (at.capacity.priority == CapacityPolicy::Priority::kPosition) check_served_by_position(in, assignment, at);
+    const KitLayer layer = kit_layer(subject, at);
+    const Assignment assignment = layer.route(in).assignment;
+    check_full_use(in, assignment, at, layer.max_experts());
+    if (at.capacity.priority == CapacityPolicy::Priority::kPosition)
+      check_served_by_position(in, assignment, at, layer.max_experts());
   }
 }
 
@@ -124,8 +143,8 @@ void check_capacity(const Subject& subject) {
 
 std::vector<Property> capacity_properties() {
   return {
-      {"conserved", "kept, dropped and refused pairs are the chosen ones, and are counted before the drops",
-       capacity_not_applicable, check_conserved},
+      {"conserved", "kept, dropped and refused pairs are the chosen ones; losses and counters take them before the drops",
+       needs_choices, check_conserved},
       {"capacity", "no expert takes more than its places or leaves one empty; rows are served in the order of the policy",
        capacity_not_applicable, check_capacity},
   };

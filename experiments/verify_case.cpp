@@ -30,6 +30,7 @@ Options kit_options(const OptionSpecs& specs, const std::map<std::string, Option
 
 std::map<std::string, OptionValue> options_at(const RouterEntry& entry, const Variant& variant, const KitCase& at) {
   std::map<std::string, OptionValue> values = variant.options;
+  if (at.short_stages) values.merge(stages_within(entry.options, kKitStages));
   for (const OptionSpec& spec : entry.options)
     if (spec.name == "k") values["k"] = at.k > 0 ? at.k : std::min(std::get<int64_t>(spec.default_value), at.experts);
   return values;
@@ -53,8 +54,9 @@ void scramble(const Module& module, const KitCase& at) {
     entry.tensor.add_(kit_normal(at, entry.name.c_str(), entry.tensor.sizes()), 0.5);
 }
 
-// Uneven lengths; some may be empty.
+// Uneven lengths, unless they shall be even; some may be empty.
 Tensor kit_sequences(const KitCase& at) {
+  if (at.even) return at::arange(at.rows, at::kLong).floor_divide(at.rows / at.sequences);
   return std::get<0>(kit_integers(at, "sequences", at.rows, std::max<int64_t>(at.sequences, 1)).sort());
 }
 
@@ -91,6 +93,13 @@ Tensor soft_rows(const SoftPlan& plan) {
   return at::cat(weights).index_select(0, at::cat(rows).argsort());
 }
 
+// Replays and held values are the layer's own.
+Tensor carry_of_layer_before(const Router& router, RouteInput in, RouteState& state) {
+  in.forced = nullptr;
+  in.held = nullptr;
+  return router.route(in, state).carry;
+}
+
 }  // namespace
 
 std::string KitCase::text() const {
@@ -101,7 +110,8 @@ std::string KitCase::text() const {
 std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& variant, const KitCase& at) {
   RouterSpec spec;
   spec.width = at.width;
-  spec.experts = spec.max_experts = at.experts;
+  spec.experts = at.experts;
+  spec.max_experts = at.experts + variant.room;
   spec.layer = kKitLayer;
   spec.vocabulary = kKitVocabulary;
   spec.dtype = at.dtype;
@@ -123,10 +133,12 @@ KitLayer kit_layer(const Subject& subject, const KitCase& at) {
   const Options options = kit_options(ffn.options,
                                       {{"activation", at.activation}, {"width", kKitExpertWidth}, {"bias", at.bias}});
   layer.site.bank = make_experts("ffn",
-                                 {at.width, at.experts, at.dtype, random_key(at.seed, "verify").with("experts"), 1, options});
+                                 {at.width, layer.max_experts(), at.dtype, random_key(at.seed, "verify").with("experts"), 1,
+                                  options});
   layer.site.losses = attachable_losses(subject.entry, subject.facts);
   scramble(*layer.site.router, at);
   scramble(*layer.site.bank, at);
+  layer.hands_on = subject.hands_on;
   return layer;
 }
 
@@ -142,10 +154,16 @@ std::vector<LossTerm> attachable_losses(const RouterEntry& entry, const RouterFa
   return terms;
 }
 
-RouteOutput KitLayer::route(const RouteInput& in) const try {
-  RouteState state;
-  RouteOutput out = site.router->route(in, state);
-  validate(out.plan, in.rows(), site.router->spec().max_experts);
+RouteOutput KitLayer::route(const RouteInput& in) const {
+  KitState state;
+  return route(in, state);
+}
+
+RouteOutput KitLayer::route(const RouteInput& in, KitState& state) const try {
+  RouteInput own = in;
+  if (hands_on) own.carry = carry_of_layer_before(*site.router, in, state.before);
+  RouteOutput out = site.router->route(own, state.here);
+  validate(out.plan, in.rows(), max_experts());
   return out;
 } catch (const Error& error) {
   throw Error(error.code(), fmt::format("{} ({})", error.what(), at.text()));
@@ -289,6 +307,13 @@ void must_keep_bits(const Plan& a, const Plan& b, const std::string& what, const
   must(left.size() == right.size(), what + ": the plan has another form", at);
 }
 
+std::vector<double> loss_values(const KitLayer& layer, const RouteInput& in, const RouteOutput& out) {
+  std::vector<double> values;
+  for (const TermStatistics& term : term_statistics(layer.site, in, out))
+    values.push_back(local_value(layer.site.losses[term.term], term.per_scope, *layer.site.router).item<double>());
+  return values;
+}
+
 Tensor kit_scalar(const KitLayer& layer, const RouteInput& in, const RouteOutput& out, const KitCase& at) {
   Tensor scalar = layer.run(out, in).mul(kit_grad_y(at)).sum();
   for (const TermStatistics& term : term_statistics(layer.site, in, out)) {
@@ -296,6 +321,18 @@ Tensor kit_scalar(const KitLayer& layer, const RouteInput& in, const RouteOutput
     scalar = scalar.add(local_value(loss, term.per_scope, *layer.site.router), loss.coefficient);
   }
   return scalar;
+}
+
+std::vector<NamedTensor> state_of(const Module& module) {
+  std::vector<NamedTensor> state = module.parameters();
+  for (NamedTensor& buffer : module.buffers()) state.push_back(std::move(buffer));
+  return state;
+}
+
+std::vector<NamedTensor> copied_state(const Module& module) {
+  std::vector<NamedTensor> state = state_of(module);
+  for (NamedTensor& entry : state) entry.tensor = entry.tensor.detach().clone();
+  return state;
 }
 
 std::map<std::string, Tensor> gradients_of(const KitLayer& layer) {

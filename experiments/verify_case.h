@@ -13,25 +13,37 @@ struct KitCase {
   int64_t rows = 24;
   int64_t sequences = 3;
   int64_t width = 5;
-  int64_t experts = 4;
+  int64_t experts = 4;           // active at the start; a variant may leave room for more
   int64_t k = 0;                 // 0 = the router's default, or `experts` where that is less
   CapacityPolicy capacity = {};  // in training and in evaluation
   Mode mode = Mode::kTrain;
   at::ScalarType dtype = at::kDouble;
   std::string activation = "gelu";  // smooth, for finite differences
   bool bias = true;
+  bool even = false;             // sequences of equal length
+  bool short_stages = false;     // stages of the method lie within the first kKitStages steps
   int64_t seed = 0;
 
   std::string text() const;  // "T=24 E=4 k=default training seed 0"
 };
+constexpr int64_t kKitStages = 6;
 
 std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& variant, const KitCase& at);
 
+// What a request carries from call to call: through the layer, and through the one before it where there is one.
+struct KitState {
+  RouteState before, here;
+};
+
 // Router and experts with random parameters, and every loss that can be attached to this router, coefficient 1, scope `step`.
+// A router that hands something on to the next layer decides twice, as in two layers of a model; the second decision counts.
 struct KitLayer {
   Site site;
   KitCase at;
+  bool hands_on = false;
   RouteOutput route(const RouteInput& in) const;  // validated; what is thrown names the case
+  RouteOutput route(const RouteInput& in, KitState& state) const;
+  int64_t max_experts() const { return site.router->spec().max_experts; }
   Tensor run(const RouteOutput& out, const RouteInput& in, Execution execution = Execution::kAuto) const;
   std::vector<NamedTensor> trainable() const;  // "router.weight", "experts.w_in"
   void zero_grad() const;
@@ -70,8 +82,30 @@ void must_agree(const Tensor& a, const Tensor& b, double tolerance, const std::s
 void must_equal(const RoutingRecord& a, const RoutingRecord& b, const std::string& what, const KitCase& at);
 void must_keep_bits(const Plan& a, const Plan& b, const std::string& what, const KitCase& at);
 
+// Of each loss of the layer, without coefficient.
+std::vector<double> loss_values(const KitLayer& layer, const RouteInput& in, const RouteOutput& out);
+
 // Σ y·grad_y + Σ losses, on the graph.
 Tensor kit_scalar(const KitLayer& layer, const RouteInput& in, const RouteOutput& out, const KitCase& at);
+
+// Parameters, then buffers: handles, or copies without the graph.
+std::vector<NamedTensor> state_of(const Module& module);
+std::vector<NamedTensor> copied_state(const Module& module);
+
+// What end_step() told of in the first 2 · kKitStages steps of a small layer, stages shortened.
+struct StageEvent {
+  int64_t step = 0;
+  Event event;
+};
+std::vector<StageEvent> stages_of(const Subject& subject);
+
+// The leak probe: the largest change of earlier rows of a sequence when the token of a row becomes another one, relative to all
+// rows; and that row.
+struct Leak {
+  double worst = 0;
+  int64_t row = -1;
+};
+Leak probe_leaks(const Subject& subject, const KitCase& at);
 
 // Gradients of trainable(), zeros where none arrived, copied.
 std::map<std::string, Tensor> gradients_of(const KitLayer& layer);

@@ -8,7 +8,6 @@
 #include <algorithm>
 
 namespace moelab {
-namespace {
 
 std::vector<OptionValue> other_values(const OptionSpec& spec) {
   if (const bool* flag = std::get_if<bool>(&spec.default_value)) return {!*flag};
@@ -17,6 +16,8 @@ std::vector<OptionValue> other_values(const OptionSpec& spec) {
     if (OptionValue(choice) != spec.default_value) others.emplace_back(choice);
   return others;
 }
+
+namespace {
 
 std::vector<Variant> noise_variants(const RouterEntry& entry) {
   if (!entry.facts.has_scores) return {};
@@ -47,8 +48,18 @@ bool refuses_any_batch(const RouterEntry& entry, const Variant& variant) {
   return false;
 }
 
+bool hands_on(const Router& router) {
+  try {
+    RouteState state;
+    return router.route(kit_input({}), state).carry.defined();
+  } catch (const std::exception&) {
+    return false;  // for the properties to find
+  }
+}
+
 Subject subject_of(const RouterEntry& entry, const Variant& variant, const VerifySettings& settings) {
-  return {entry, variant, kit_router(entry, variant, {})->facts(), settings.cases, settings.seed};
+  const std::shared_ptr<Router> router = kit_router(entry, variant, {});
+  return {entry, variant, router->facts(), hands_on(*router), settings.cases, settings.seed};
 }
 
 // "" = held.
@@ -102,8 +113,9 @@ const char* to_string(Verdict verdict) {
 
 std::vector<Property> router_properties() {
   std::vector<Property> all;
-  for (const auto& table : {plan_properties(), capacity_properties(), value_properties(), split_properties(),
-                            state_properties(), order_properties(), loss_properties()})
+  for (const auto& table : {plan_properties(), fact_properties(), capacity_properties(), value_properties(),
+                            split_properties(), state_properties(), stage_properties(), order_properties(),
+                            symmetry_properties(), loss_properties()})
     all.insert(all.end(), table.begin(), table.end());
   return all;
 }
@@ -114,6 +126,7 @@ std::vector<Variant> variants_of(const RouterEntry& entry) {
     for (const OptionValue& value : other_values(spec))
       variants.push_back({.label = fmt::format("{} = {}", spec.name, to_text(value)), .options = {{spec.name, value}}});
   for (Variant& noisy : noise_variants(entry)) variants.push_back(std::move(noisy));
+  variants.push_back({.label = "max_experts above experts", .room = 2});
   std::erase_if(variants, [&](const Variant& variant) {
     return !variant.label.empty() && (!builds(entry, variant) || refuses_any_batch(entry, variant));
   });
@@ -121,8 +134,9 @@ std::vector<Variant> variants_of(const RouterEntry& entry) {
 }
 
 std::vector<Finding> verify_router(const RouterEntry& entry, const VerifySettings& settings) try {
+  std::vector<Variant> variants = settings.defaults_only ? std::vector<Variant>{{}} : variants_of(entry);
   std::vector<Subject> subjects;
-  for (const Variant& variant : variants_of(entry)) subjects.push_back(subject_of(entry, variant, settings));
+  for (const Variant& variant : variants) subjects.push_back(subject_of(entry, variant, settings));
   std::vector<Finding> findings;
   for (const Property& property : router_properties())
     if (wanted(property, settings)) findings.push_back(judge(property, subjects));

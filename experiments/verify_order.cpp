@@ -1,4 +1,4 @@
-// Properties of who may look at whom: later tokens, other sequences, padding.
+// Properties of who may look at whom: later tokens, other sequences, padding, and calls before this one while decoding.
 #include "core/model/rows.h"
 #include "experiments/verify_case.h"
 
@@ -40,24 +40,6 @@ double change_before(const Decided& then, const Decided& now, const RouteInput& 
   if (first == row) return 0;
   return std::max(difference(now.rows_Tn.slice(0, first, row), then.rows_Tn.slice(0, first, row)),
                   difference(now.y_TD.slice(0, first, row), then.y_TD.slice(0, first, row)));
-}
-
-struct Leak {
-  double worst = 0;
-  int64_t row = -1;
-};
-
-Leak probe_leaks(const Subject& subject, const KitCase& at) {
-  const at::NoGradGuard no_grad;
-  const KitLayer layer = kit_layer(subject, at);
-  const RouteInput in = kit_input(at);
-  const Decided then = decide_rows(layer, in);
-  Leak leak;
-  for (int64_t row = 1; row < at.rows; row += 2) {
-    const double change = change_before(then, decide_rows(layer, with_other_token(in, row)), in, row);
-    if (change > leak.worst) leak = {change, row};
-  }
-  return leak;
 }
 
 std::vector<CapacityPolicy> probed_policies() {
@@ -136,27 +118,94 @@ RouteInput without_padding(const Rectangle& wide, const RouteInput& in) {
   return routed;
 }
 
+void check_padding_of(const Subject& subject, const KitCase& at, const std::string& what) {
+  const at::NoGradGuard no_grad;
+  const KitLayer layer = kit_layer(subject, at);
+  const RouteInput bare = kit_input(at), padded = without_padding(padded_rectangle(bare), bare);
+  const RouteOutput expected = layer.route(bare), found = layer.route(padded);
+  must_keep_bits(found.plan, expected.plan, what, at);
+  const int64_t experts = layer.max_experts();
+  must_equal(record_of(padded, found, experts), record_of(bare, expected, experts), "counters of " + what, at);
+  must(layer.run(found, padded).sizes() == padded.x_TD.sizes(), "the output of " + what + " has another shape", at);
+}
+
 void check_padding(const Subject& subject) {
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
-    const at::NoGradGuard no_grad;
-    const KitCase at{.capacity = {.mode = CapacityPolicy::Mode::kFactor}, .mode = mode};
-    const KitLayer layer = kit_layer(subject, at);
-    const RouteInput bare = kit_input(at), padded = without_padding(padded_rectangle(bare), bare);
-    const RouteOutput expected = layer.route(bare), found = layer.route(padded);
-    must_keep_bits(found.plan, expected.plan, "a padded batch", at);
-    must_equal(record_of(padded, found, at.experts), record_of(bare, expected, at.experts), "counters of a padded batch", at);
+    KitCase at{.capacity = {.mode = CapacityPolicy::Mode::kFactor}, .mode = mode};
+    check_padding_of(subject, at, "a padded batch");
+    at.rows = 0;
+    check_padding_of(subject, at, "a batch of padding alone");
   }
 }
 
+constexpr int64_t kPrompt = 3, kDecoded = 7;  // tokens of each sequence that come at once, and all of them
+
+// Columns [from, to) of sequences of equal length, as a model hands them on: without labels and segments.
+RouteInput columns_of(const RouteInput& in, int64_t from, int64_t to) {
+  RouteInput part = in;
+  const Tensor row_T = in.position_T.ge(from).logical_and(in.position_T.lt(to)).nonzero().squeeze(1);
+  for (Tensor* rows : {&part.x_TD, &part.token_ids_T, &part.sequence_T, &part.sequence_key_T, &part.position_T})
+    *rows = rows->index_select(0, row_T);
+  part.segment_T = part.domain_T = Tensor();
+  part.cu_seqlens_B1 = at::arange(in.sequences + 1, at::kLong).mul(to - from);
+  return part;
+}
+
+// A second request that goes on from the same state with other tokens, and must not be seen by the first.
+void decode_on_the_side(const KitLayer& layer, const RouteInput& in, KitState fork) {
+  RouteInput other = in;
+  other.x_TD = in.x_TD.neg();
+  other.token_ids_T = in.token_ids_T.add(1).remainder(64);
+  layer.route(other, fork);
+}
+
+void check_decode(const Subject& subject) {
+  const at::NoGradGuard no_grad;
+  const KitCase at{.rows = 2 * kDecoded, .sequences = 2, .mode = Mode::kEval, .even = true, .seed = subject.seed};
+  const KitLayer layer = kit_layer(subject, at);
+  const RouteInput whole = columns_of(kit_input(at), 0, kDecoded);
+  const Decided expected = decide_rows(layer, whole);
+  KitState state;
+  for (int64_t from = 0, to = kPrompt; from < kDecoded; from = to++) {
+    RouteInput part = columns_of(whole, from, to);
+    part.mode = Mode::kDecode;
+    if (from > 0) decode_on_the_side(layer, part, state);
+    const RouteOutput out = layer.route(part, state);
+    const Tensor row_T = whole.position_T.ge(from).logical_and(whole.position_T.lt(to)).nonzero().squeeze(1);
+    const std::string where = fmt::format("of tokens {} to {}, decoded, against the full forward pass", from, to - 1);
+    must_agree(decision_of_rows(out), expected.rows_Tn.index_select(0, row_T), 1e-10, "decisions " + where, at);
+    must_agree(layer.run(out, part), expected.y_TD.index_select(0, row_T), 1e-10, "output " + where, at);
+  }
+}
+
+std::string decode_not_applicable(const Subject& subject) {
+  return subject.facts.decodes ? "" : "it says that it cannot decode token by token";
+}
+
 }  // namespace
+
+Leak probe_leaks(const Subject& subject, const KitCase& at) {
+  const at::NoGradGuard no_grad;
+  const KitLayer layer = kit_layer(subject, at);
+  const RouteInput in = kit_input(at);
+  const Decided then = decide_rows(layer, in);
+  Leak leak;
+  for (int64_t row = 1; row < at.rows; row += 2) {
+    const double change = change_before(then, decide_rows(layer, with_other_token(in, row)), in, row);
+    if (change > leak.worst) leak = {change, row};
+  }
+  return leak;
+}
 
 std::vector<Property> order_properties() {
   return {
       {"causality", "changing a token changes no earlier row of its sequence where the facts and the capacity say causal",
        always_applies, check_causality},
       {"other_rows", "a sequence decides the same without the others", needs_independence, check_other_rows},
-      {"padding", "a padded batch gives bitwise the plan and the counts of the same rows without padding", always_applies,
-       check_padding},
+      {"padding", "a padded batch gives bitwise the plan and the counts of the same rows without padding, and padding alone none",
+       always_applies, check_padding},
+      {"decode", "token by token, with what RouteState keeps, it decides as in the full forward pass", decode_not_applicable,
+       check_decode},
   };
 }
 

@@ -5,9 +5,11 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 namespace moelab {
 namespace {
@@ -95,14 +97,17 @@ void check_executors(const Subject& subject) {
   }
 }
 
-// The scalar with the selection held where it was; draws are the same by their key.
+// The scalar with the selection held where it was, and with it what the router declares to have no gradient; draws are the same
+// by their key. Of a straight-through router it is the surrogate, whose gradient is the router's where it was made.
 struct FrozenScalar {
   const KitLayer& layer;
   const KitCase& at;
   RouteInput in;
   Assignment selection;
+  std::map<std::string, Tensor> held;
 
   FrozenScalar(const KitLayer& of, const KitCase& where) : layer(of), at(where), in(kit_input(where)) {
+    in.held = &held;
     selection = layer.route(in).assignment;
     if (selection.defined()) in.forced = &selection;
   }
@@ -136,25 +141,42 @@ void compare_slope(const FrozenScalar& scalar, const NamedTensor& leaf, double s
        scalar.at);
 }
 
+// A surrogate is declared where there is one, and nowhere else: a gate without gradient is none.
+void check_declared_surrogate(const Subject& subject, const std::set<std::string>& held, const KitCase& at) {
+  must(subject.facts.straight_through || held.empty(),
+       fmt::format("it keeps '{}' out of its gradient, but does not say that this is a surrogate", fmt::join(held, "', '")), at);
+  must(!subject.facts.straight_through || !held.empty(),
+       "it says that its gradient is a surrogate, but stop_gradient() names nothing that has none", at);
+}
+
 void check_differences(const Subject& subject) {
+  std::set<std::string> held;
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) {
     const KitCase at{
         .rows = 11, .capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1.5}, .mode = mode, .seed = subject.seed};
     const KitLayer layer = kit_layer(subject, at);
     const FrozenScalar scalar(layer, at);
+    for (const auto& [name, value] : scalar.held) held.insert(name);
     const Tensor value = scalar.value();
     value.backward();
     std::vector<NamedTensor> leaves = layer.trainable();
     leaves.push_back({"x", scalar.in.x_TD});
     for (const NamedTensor& leaf : leaves)
       for (const int64_t seed : {1, 2}) compare_slope(scalar, leaf, std::abs(value.item<double>()), seed);
+    if (mode == Mode::kEval) check_declared_surrogate(subject, held, at);
   }
 }
 
-std::string differences_not_applicable(const Subject& subject) {
-  return subject.facts.straight_through ? "its gradient is a declared surrogate (straight-through)" : "";
+double largest_router_gradient(const KitLayer& layer, const Tensor& scalar) {
+  layer.zero_grad();
+  scalar.backward();
+  double most = 0;
+  for (const NamedTensor& entry : layer.site.router->trainable())
+    most = std::max(most, gradient_or_zeros(entry.tensor).abs().max().item<double>());
+  return most;
 }
 
+// By the output alone where gates depend on scores, whatever the losses do.
 void check_learning(const Subject& subject) {
   const KitCase at;
   const KitLayer layer = kit_layer(subject, at);
@@ -162,11 +184,23 @@ void check_learning(const Subject& subject) {
        "it says that it does not learn, but has trainable parameters", at);
   if (!subject.facts.learned) return;
   const RouteInput in = kit_input(at);
-  kit_scalar(layer, in, layer.route(in), at).backward();
-  double most = 0;
-  for (const NamedTensor& entry : layer.site.router->trainable())
-    most = std::max(most, gradient_or_zeros(entry.tensor).abs().max().item<double>());
-  must(most > 0, "it says that it learns, but no gradient reaches its parameters", at);
+  must(largest_router_gradient(layer, kit_scalar(layer, in, layer.route(in), at)) > 0,
+       "it says that it learns, but no gradient reaches its parameters", at);
+  if (!subject.facts.differentiable_gate) return;
+  const Tensor task = layer.run(layer.route(in), in).mul(kit_grad_y(at)).sum();
+  must(largest_router_gradient(layer, task) > 0,
+       "its gates depend on scores, but the output gives its parameters no gradient", at);
+}
+
+// Of a sparse plan, the experts without rows; of the others, all where there is no row and none elsewhere.
+std::vector<bool> unused_experts(const KitLayer& layer, const RouteOutput& out) {
+  std::vector<bool> unused(static_cast<size_t>(layer.max_experts()), layer.at.rows == 0);
+  const auto* sparse = std::get_if<SparsePlan>(&out.plan);
+  for (size_t e = 0; sparse && e < unused.size(); ++e) {
+    const auto* offsets = sparse->offsets_E1.const_data_ptr<int64_t>() + e;
+    unused[e] = offsets[0] == offsets[1];
+  }
+  return unused;
 }
 
 void check_unused(const Subject& subject) {
@@ -176,11 +210,11 @@ void check_unused(const Subject& subject) {
     const RouteInput in = kit_input(at);
     const RouteOutput out = layer.route(in);
     layer.run(out, in).mul(kit_grad_y(at)).sum().backward();
-    const auto* offsets = std::get<SparsePlan>(out.plan).offsets_E1.const_data_ptr<int64_t>();
+    const std::vector<bool> unused = unused_experts(layer, out);
     for (const NamedTensor& entry : layer.site.bank->trainable()) {
       must(entry.tensor.grad().defined(), "the gradient of experts." + entry.name + " is missing where experts got no row", at);
-      for (int64_t e = 0; e < at.experts; ++e)
-        must(offsets[e] < offsets[e + 1] || !entry.tensor.grad().select(0, e).any().item<bool>(),
+      for (size_t e = 0; e < unused.size(); ++e)
+        must(!unused[e] || !entry.tensor.grad()[static_cast<int64_t>(e)].any().item<bool>(),
              fmt::format("expert {} got no row, but its gradient of experts.{} is not zero", e, entry.name), at);
     }
   }
@@ -193,10 +227,12 @@ std::vector<Property> value_properties() {
       {"executors",
        "fast executor = reference executor, outputs and gradients, over random sizes, options and capacities",
        always_applies, check_executors, /*once=*/true},
-      {"finite_differences", "gradients of output and losses = central differences in fp64, the selection frozen",
-       differences_not_applicable, check_differences},
-      {"learning", "a gradient reaches the router's parameters, or there are none to train", always_applies, check_learning},
-      {"unused_expert", "an expert without rows gets a gradient of zero, not a missing one", needs_choices, check_unused},
+      {"finite_differences",
+       "gradients of output and losses = central differences in fp64, the selection frozen (straight-through: of the surrogate)",
+       always_applies, check_differences},
+      {"learning", "a gradient reaches the router's parameters, from the output where gates have one, or there are none to train",
+       always_applies, check_learning},
+      {"unused_expert", "an expert without rows gets a gradient of zero, not a missing one", always_applies, check_unused},
   };
 }
 

@@ -38,11 +38,6 @@ class DomainRouter : public Router {
     return facts;
   }
 
-  Tensor active_experts_E() const override {
-    if (spec_.max_experts == spec_.experts) return {};
-    return at::arange(spec_.max_experts, at::kLong).lt(spec_.experts);
-  }
-
   std::vector<Tensor> per_expert_tensors() const override {
     if (!weight_RE_.defined()) return {};
     return {weight_RE_.t()};

@@ -97,11 +97,12 @@ class DynmoeRouter : public Router {
     const Tensor margin_TE = score_TE.sub(thresholds_E_.to(score_TE.scalar_type()).mul(temperature_).sigmoid());
     const Tensor choice_TK = choices(in, score_TE.detach(), margin_TE.detach());
     // 0 with the gradient of relu: what straight-through adds to an indicator.
-    const Tensor slope_TE = at::relu(margin_TE).sub(at::relu(margin_TE.detach()));
+    const Tensor slope_TE = at::relu(margin_TE).sub(stop_gradient(in, "relu(u)", at::relu(margin_TE)));
+    const Tensor used_TE = chosen_experts(choice_TK, margin_TE.size(1), margin_TE.scalar_type());
     RouteOutput out = finish_sparse(in, spec_, {choice_TK, gates(slope_TE, choice_TK), gather_choices(score_TE, choice_TK), {}},
-                                    scores(logits, margin_TE));
+                                    scores(logits, margin_TE, used_TE));
     out.k = 0;
-    out.statistics["indicator"] = indicator(slope_TE, margin_TE.detach(), choice_TK);
+    out.statistics["indicator"] = indicator(slope_TE, margin_TE.detach(), used_TE);
     out.probes["logits"] = logits.clean_TE;
     out.probes["probs"] = masked_scores(logits.clean_TE);
     out.probes["margin"] = margin_TE;
@@ -159,17 +160,16 @@ class DynmoeRouter : public Router {
   }
 
   // m, on the straight-through graph; a replayed choice is obeyed. [T,E]
-  static Tensor indicator(const Tensor& slope_TE, const Tensor& margin_TE, const Tensor& choice_TK) {
-    const Tensor chosen_TE = chosen_experts(choice_TK, margin_TE.size(1), margin_TE.scalar_type());
-    const Tensor active_TE = chosen_TE.mul(margin_TE.gt(0));
+  static Tensor indicator(const Tensor& slope_TE, const Tensor& margin_TE, const Tensor& used_TE) {
+    const Tensor active_TE = used_TE.mul(margin_TE.gt(0));
     return active_TE.add(slope_TE.mul(active_TE));
   }
 
   // For losses and metrics that read a distribution: each row's scores divided by their sum, inactive experts out of reach.
-  Scores scores(const NoisyLogits& logits, const Tensor& margin_TE) const {
+  Scores scores(const NoisyLogits& logits, const Tensor& margin_TE, const Tensor& used_TE) const {
     const Tensor score_TE = masked_scores(logits.clean_TE), inactive_E = mask_E_.eq(0);
     const Tensor share_TE = score_TE.div(score_TE.sum(1, /*keepdim=*/true).clamp_min(1e-30));
-    return {margin_TE, margin_TE, share_TE, logits.clean_TE.masked_fill(inactive_E, kFarBelow),
+    return {margin_TE, used_TE, share_TE, logits.clean_TE.masked_fill(inactive_E, kFarBelow),
             logits.noisy_TE.masked_fill(inactive_E, kFarBelow), logits.std_TE};
   }
 
@@ -226,13 +226,14 @@ const Registration<RouterEntry> registration_dynmoe{{
     .citation = "Guo et al., 2024, arXiv:2405.14297",
     .equation = "u = σ(τ·cos(x, w))·mask - σ(τ·G);  row t uses the K experts with u > 0, gate 1/K;  K = 0: y = 0, in "
                 "evaluation the best active expert",
-    .facts = {.stateful = true, .variable_k = true, .straight_through = true},
+    .facts = {.stateful = true, .variable_k = true, .straight_through = true, .probabilities = ProbabilityRule::kSigmoidShare},
     .options = {option("temperature", 1.0, "τ, multiplies cosines and thresholds before the sigmoid").at_least(1e-6),
                 option("eval_fallback", "score", "a row above no threshold takes, in evaluation, the largest s or u")
                     .one_of({"score", "margin"}),
-                option("window_start", 100, "optimiser step of each period at which counting rows begins").at_least(0),
-                option("window_update", 200, "step of each period before which experts are removed and added").at_least(1),
-                option("window_period", 300, "steps of a period; 0 = experts never change").at_least(0)},
+                option("window_start", 100, "optimiser step of each period at which counting rows begins").at_least(0).in_steps(),
+                option("window_update", 200, "step of each period before which experts are removed and added")
+                    .at_least(1).in_steps(),
+                option("window_period", 300, "steps of a period; 0 = experts never change").at_least(0).in_steps()},
     .paper_losses = {{"diversity", 0.01}, {"simplicity", 0.01}},
     .probes = {{"logits", "[T,E]", "τ·cos(x, w), without noise, inactive experts too"},
                {"probs", "[T,E]", "s = σ of them, 0 for inactive experts; rows do not sum to 1"},

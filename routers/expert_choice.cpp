@@ -100,7 +100,9 @@ class ExpertChoiceRouter : public LinearRouter {
     Tensor gate_TK = gather_choices(score_TE, choice_TK);
     if (over_tokens_) gate_TK = gate_TK.div(choice_TK.ge(0).sum(1, /*keepdim=*/true).clamp_min(1));
     const Tensor probs_TE = over_tokens_ ? logits.noisy_TE.softmax(1) : score_TE;
-    RouteOutput out = finish_sparse(in, spec_, {choice_TK, gate_TK, gate_TK, {}}, scores_of(logits, probs_TE));
+    Scores scores = scores_of(logits, probs_TE);
+    scores.gate_TE = score_TE;
+    RouteOutput out = finish_sparse(in, spec_, {choice_TK, gate_TK, gate_TK, {}}, std::move(scores));
     out.k = 0;
     if (!alone) out.places = places_of(in, groups);
     if (in.training()) out.deltas = last_scores(score_TE.detach(), choice_TK, groups);

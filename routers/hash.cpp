@@ -17,7 +17,6 @@
 #include "core/linear_router.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
@@ -175,11 +174,6 @@ class HashRouter : public Router {
     return facts;
   }
 
-  Tensor active_experts_E() const override {
-    if (spec_.max_experts == spec_.experts) return {};
-    return at::arange(spec_.max_experts, at::kLong).lt(spec_.experts);
-  }
-
   // The lines are tokens, even where there are as many of them as experts.
   std::vector<Tensor> per_expert_tensors() const override { return {}; }
 
@@ -252,6 +246,7 @@ const Registration<RouterEntry> registration_hash{{
                     "token 0 stands before the first token of a sequence, and after the last",
                     "bigram: pairs are hashed to as many lines as there are tokens",
                     "tables from clusters of embeddings are not built; one may be put into the buffer"},
+    .verified_with = {{{"k", int64_t{2}}}, {{"kind", std::string("multi")}, {"k", int64_t{2}}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<HashRouter>(spec); },
 }};
 

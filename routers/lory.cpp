@@ -144,8 +144,9 @@ class LoryRouter : public LinearRouter {
   // What each group is mixed with, from the logits that each group's own mean gives.
   Tensor used_logits(const RouteInput& in, const LoryGroups& groups, const Tensor& own_GE) const {
     const FirstSegment rule = first_segment(in);
-    Tensor first_GE = rule == FirstSegment::kOwn ? own_GE : own_GE.detach();
+    Tensor first_GE = own_GE;
     if (rule == FirstSegment::kUniform) first_GE = equal_logits(in, own_GE);
+    if (rule == FirstSegment::kOwnStopgrad) first_GE = stop_gradient(in, "e_1", own_GE);
     const Tensor previous_G = groups.previous_G();
     const Tensor is_first_G1 = previous_G.lt(0).unsqueeze(1).to(own_GE.device());
     return at::where(is_first_G1, first_GE, own_GE.index_select(0, previous_G.clamp_min(0).to(own_GE.device())));
@@ -216,7 +217,7 @@ const Registration<RouterEntry> registration_lory{{
                 option("eval", "segments", "evaluation by segments, or one mixture from the mean of the whole prompt")
                     .one_of({"segments", "prompt"}),
                 option("warmup_steps", 0, "steps with expert 0 alone, the dense model; then all experts become its copies")
-                    .at_least(0)},
+                    .at_least(0).in_steps()},
     .probes = {{"logits", "[T,E]", "what the row's mixture is the softmax of"}, {"probs", "[T,E]", "the row's mixture"}},
     .differences = {"the first segment is mixed uniformly unless first_segment = \"own_stopgrad\" asks for the paper's rule, "
                     "under which rows see later ones",

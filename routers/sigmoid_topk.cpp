@@ -138,6 +138,7 @@ const Registration<RouterEntry> registration_sigmoid_topk{{
     .title = "Sigmoid top-k: selection bias, groups, loss-free balance",
     .citation = "DeepSeek-AI, 2024, arXiv:2412.19437; Wang et al., 2024, arXiv:2408.15664",
     .equation = "s = σ(W x);  A = top-k of s + b inside the kept groups;  gate_a = scale · s_a;  b += rate · sign(mean load - load)",
+    .facts = {.probabilities = ProbabilityRule::kSigmoidShare},
     .options = {k_option(2), renormalise_option("none"),
                 option("scale", 1.0, "multiplies the gates, after any renormalisation"),
                 option("selection_bias", false, "add the buffer `bias` to the scores that the choice is made on"),

@@ -14,7 +14,6 @@
 #include "core/linear_router.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/ones.h>
@@ -60,10 +59,6 @@ class SoftMoeRouter : public Router {
     facts.batch_independent = facts.batch_independent_eval = row_by_row;
     facts.permutation_equivariant = !pairs_rows_with_slots();
     return facts;
-  }
-
-  Tensor active_experts_E() const override {
-    return spec_.max_experts == spec_.experts ? Tensor() : at::arange(spec_.max_experts, at::kLong).lt(spec_.experts);
   }
 
   // With several slots an expert has no single row of phi.

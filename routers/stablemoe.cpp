@@ -184,7 +184,7 @@ const Registration<RouterEntry> registration_stablemoe{{
         "s = W x, ŝ = Ŵ D̂[id];  stage 1: a = argmax s, ŝ learns to say a;  stage 2: a = argmax ŝ, frozen;  y = σ(s_a) · f_a(x)",
     .facts = {.stateful = true, .needs_token_ids = true, .fixed_k = 1, .distils = true},
     .options =
-        {option("stage1_steps", 6000, "stage 2 from this step on; the paper's is a tenth of its steps").at_least(0),
+        {option("stage1_steps", 6000, "stage 2 from this step on; the paper's is a tenth of its steps").at_least(0).in_steps(),
          option("distilled", "word", "the distilled router reads the token, or a causal window of 5 tokens")
              .one_of({"word", "cnn"}),
          option("distill_dim", 50, "width of the distilled router's embedding").at_least(1),

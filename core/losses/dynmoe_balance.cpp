@@ -17,7 +17,8 @@ class DynmoeBalanceLoss : public Loss {
     const Tensor indicator_TE = indicator_rows(input);
     const Tensor active_T1 = indicator_TE.sum(1, /*keepdim=*/true);
     const Tensor routed_T1 = active_T1.detach().gt(0).to(indicator_TE.scalar_type());
-    return {indicator_TE.detach(), indicator_TE.div(active_T1.clamp_min(1)), routed_T1};
+    const Tensor counted_TE = indicator_TE.detach().round();  // rows: whole, wherever straight-through terms are evaluated
+    return {counted_TE, indicator_TE.div(active_T1.add(1).sub(routed_T1)), routed_T1};  // rows without expert: 0 / 1
   }
 
   Tensor value(const LossStatistics& statistics, const Router&) const override {

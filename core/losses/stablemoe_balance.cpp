@@ -43,6 +43,8 @@ class StableMoeBalance : public Loss {
     if (k <= 0) return {0, std::numeric_limits<double>::quiet_NaN()};
     return {0, (static_cast<double>(experts) - static_cast<double>(k)) / 2};
   }
+  // The mean is over the active experts.
+  Landmarks landmarks_among(int64_t active, int64_t, int64_t k) const override { return landmarks(active, k); }
 };
 
 std::string stablemoe_balance_refuses(const RouterFacts& facts) {

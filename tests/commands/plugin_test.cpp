@@ -3,6 +3,8 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+#include <set>
+
 namespace moelab::test {
 namespace {
 
@@ -59,6 +61,19 @@ TEST_CASE("a library that does not say how it was built, and a file that is none
   const std::string torn = folder.put("torn.so", whole.substr(0, whole.find('}', whole.find("moelab-plugin{")) + 1));
   CHECK(moelab_run({"list", "routers", "--plugin", torn}).code == 2);
   CHECK(moelab_run({"list", "routers", "--plugin", folder / "nowhere.so"}).code == 5);
+}
+
+TEST_CASE("verify holds the routers of a plugin to every property, and says why where one does not apply") {
+  const ProgramResult result = moelab_run({"verify", kPlugin, "--json", "--cases", "3"});
+  CAPTURE(result.err);
+  REQUIRE(result.code == 0);
+  std::set<std::string> properties;
+  for (const nlohmann::json& finding : json_of(result)) {
+    CHECK(finding.at("name") == "first_expert");
+    CHECK((finding.at("result") == "pass" || finding.at("reason") != ""));
+    properties.insert(finding.at("property"));
+  }
+  CHECK(properties.size() >= 25);
 }
 
 TEST_CASE("a plugin named twice registers once") {

@@ -3,11 +3,14 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <regex>
 #include <set>
 #include <string>
+#include <vector>
 
 using namespace moelab;
 
@@ -55,14 +58,92 @@ TEST_CASE("no source includes a torch umbrella header") {
   }
 }
 
-TEST_CASE("roll call: every router's file is registered under its stem and has its test") {
-  std::set<std::string> stems, names;
-  for (const auto& entry : fs::directory_iterator(kSource / "routers"))
-    if (entry.path().extension() == ".cpp") stems.insert(entry.path().stem());
+namespace {
+
+using Names = std::set<std::string>;
+
+Names registered_names() {
+  Names names;
   for (const RouterEntry& entry : Registry<RouterEntry>::instance().all()) names.insert(entry.name);
-  CHECK(stems == names);
-  for (const std::string& stem : stems) {
-    CAPTURE(stem);
-    CHECK(fs::exists(kSource / "tests/routers" / (stem + "_test.cpp")));
+  return names;
+}
+
+// Stems of the files in a folder that end so.
+Names stems_in(const std::string& folder, const std::string& ending) {
+  Names stems;
+  for (const auto& entry : fs::directory_iterator(kSource / folder)) {
+    const std::string name = entry.path().filename();
+    if (name.ends_with(ending)) stems.insert(name.substr(0, name.size() - ending.size()));
   }
+  return stems;
+}
+
+std::vector<std::string> lines_of(const fs::path& path) {
+  std::ifstream file(path);
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(file, line);) lines.push_back(line);
+  return lines;
+}
+
+// First cells of the generated table of routers.
+Names names_in_table(const fs::path& path) {
+  const std::regex row("^\\| `([a-z0-9_]+)` \\|.*");
+  Names names;
+  bool inside = false;
+  for (const std::string& line : lines_of(path)) {
+    std::smatch found;
+    if (line.starts_with("<!-- ")) inside = line == "<!-- generated: routers -->";
+    if (inside && std::regex_match(line, found, row)) names.insert(found[1]);
+  }
+  return names;
+}
+
+std::string in_words(const Names& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+// What one side has and the other lacks, with what to do about it.
+void require_same(const Names& found, const Names& expected, const std::string& what, const std::string& remedy) {
+  Names missing, left_over;
+  std::set_difference(expected.begin(), expected.end(), found.begin(), found.end(), std::inserter(missing, missing.end()));
+  std::set_difference(found.begin(), found.end(), expected.begin(), expected.end(), std::inserter(left_over, left_over.end()));
+  INFO(what << " lacks {" << in_words(missing) << "} and has {" << in_words(left_over) << "} too many: " << remedy);
+  CHECK((missing.empty() && left_over.empty()));
+}
+
+}  // namespace
+
+TEST_CASE("roll call: the registry, the files, the tests, the table in README.md and the experiments hold the same routers") {
+  const Names files = stems_in("routers", ".cpp");
+  REQUIRE(files.size() > 20);
+  require_same(registered_names(), files, "the registry", "a router is registered under the stem of its file");
+  Names tested;
+  for (const std::string& name : stems_in("tests/routers", "_test.cpp"))
+    if (name != "edges") tested.insert(name);
+  require_same(tested, files, "tests/routers", "a router has tests/routers/<name>_test.cpp");
+  for (const char* readme : {"README.md", "routers/README.md"})
+    require_same(names_in_table(kSource / readme), files, std::string("the table in ") + readme, "run `make docs`");
+  require_same(stems_in("experiments/routers", ".toml"), files, "experiments/routers",
+               "a router has experiments/routers/<name>.toml, which `moelab new router` writes");
+}
+
+TEST_CASE("an experiment of a router extends a base, says which router it is for, and is under 15 lines") {
+  for (const std::string& name : stems_in("experiments/routers", ".toml")) {
+    const std::vector<std::string> lines = lines_of(kSource / "experiments/routers" / (name + ".toml"));
+    CAPTURE(name);
+    CHECK(lines.size() < 15);
+    const auto extends_a_base = [](const std::string& line) { return line.starts_with("extends = \"../base/"); };
+    CHECK(std::count_if(lines.begin(), lines.end(), extends_a_base) == 1);
+    const auto table = std::find(lines.begin(), lines.end(), "[moe.router]");
+    REQUIRE(table != lines.end());
+    CHECK(std::find(table, lines.end(), "name = \"" + name + "\"") != lines.end());
+  }
+}
+
+TEST_CASE("the roll call finds what is missing and what is left over") {
+  Names rows = names_in_table(kSource / "README.md");
+  CHECK(rows.count("switch") == 1);
+  CHECK(rows.count("balance") == 0);  // of another table
 }

@@ -108,8 +108,13 @@ TEST_CASE("5 a DynMoE run that is stopped at any step and resumed ends bitwise a
   for (const char* mode : {"train.micro_batches=1", "train.micro_batches=2", "train.precision=bf16", "train.recompute=true"}) {
     const std::vector<std::string> set{"checkpoint.every=1", "checkpoint.keep_last=20", mode};
     const ScratchFolder folder;
-    Trainer whole = trainer_of(dynmoe_experiment(set), folder.path());
+    DynmoeLog log;
+    Trainer whole = trainer_of(dynmoe_experiment(set), folder.path(), {&log});
     whole.run();
+    // So the checkpoints 1 to 3 lie where counting begins, inside the window, and after experts have gone and one has come.
+    REQUIRE(log.of_first_layer().size() >= 3);
+    CHECK(log.of_first_layer()[0] == "layers.0.moe removes 1 at 2");
+    CHECK(log.of_first_layer()[2] == "layers.0.moe adds 1 at 2");
     for (int64_t step = 1; step < 12; ++step) {
       CAPTURE(mode, step);
       Trainer trainer = trainer_of(dynmoe_experiment(set));

@@ -109,8 +109,10 @@ TEST_CASE("a run with lory's warm-up, stopped after any step and resumed, ends b
     CAPTURE(mode);
     const std::vector<std::string> set{"checkpoint.every=1", "checkpoint.keep_last=20", mode};
     const ScratchFolder folder;
-    Trainer whole = trainer_of(lory_experiment(kWarmupSteps + 4, set), folder.path());
+    EventCounter events;
+    Trainer whole = trainer_of(lory_experiment(kWarmupSteps + 4, set), folder.path(), {&events});
     whole.run();
+    REQUIRE(events.copies_at.count(kWarmupSteps - 1) == 1);  // the checkpoints lie on both sides of the end of the warm-up
     const Tensors expected = state_of(whole);
     for (int64_t step = 1; step < kWarmupSteps + 4; ++step) {
       CAPTURE(step);
