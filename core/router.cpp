@@ -13,6 +13,7 @@ Router::~Router() = default;
 void Router::prepare(const CorpusStatistics&) {}
 std::vector<Event> Router::end_step(const std::map<std::string, Tensor>&, int64_t) { return {}; }
 RouterFacts Router::facts() const { return entry().facts; }
+std::string Router::noise_shape() const { return entry().noise_shape; }
 
 Tensor Router::active_experts_E() const { return {}; }
 

@@ -14,7 +14,7 @@ struct KitCase {
   int64_t sequences = 3;
   int64_t width = 5;
   int64_t experts = 4;
-  int64_t k = 0;                 // 0 = the router's default, or `experts` where that is less
+  int64_t k = 0;                 // 0 = the variant's or the router's default, or `experts` where that is less
   CapacityPolicy capacity = {};  // in training and in evaluation
   Mode mode = Mode::kTrain;
   at::ScalarType dtype = at::kDouble;
@@ -26,6 +26,10 @@ struct KitCase {
 };
 
 std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& variant, const KitCase& at);
+// Whether the router takes these settings at these sizes. False only for a usage error.
+bool builds(const RouterEntry& entry, const Variant& variant, const KitCase& at);
+// The defaults have to build at any size; of other settings, sizes that the router refuses are left out.
+bool has_size(const Subject& subject, const KitCase& at);
 
 // Router and experts with random parameters, and every loss that can be attached to this router, coefficient 1, scope `step`.
 struct KitLayer {

@@ -67,8 +67,8 @@ struct VerifySettings {
 // Every property over every variant. An exception is a failure of the property that met it, never of the kit.
 std::vector<Finding> verify_router(const RouterEntry& entry, const VerifySettings& settings);
 
-// The defaults, then each other choice of each option alone, then each kind of noise. What the router refuses as a usage error
-// is left out.
+// The defaults, then each other choice of each option alone, then the entry's own settings, then each kind of noise. What the
+// router refuses as a usage error is left out.
 std::vector<Variant> variants_of(const RouterEntry& entry);
 
 }  // namespace moelab

@@ -250,6 +250,7 @@ const Registration<RouterEntry> registration_hash{{
                     "token 0 stands before the first token of a sequence, and after the last",
                     "bigram: pairs are hashed to as many lines as there are tokens",
                     "tables from clusters of embeddings are not built; one may be put into the buffer"},
+    .verified_with = {{{"k", int64_t{2}}}, {{"kind", std::string("multi")}, {"k", int64_t{2}}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<HashRouter>(spec); },
 }};
 

@@ -61,11 +61,15 @@ int64_t best_of(const Vec& score, const std::vector<int64_t>& taken) {
   return best;
 }
 
+}  // namespace
+
 std::vector<int64_t> top(const Vec& score, int64_t k) {
   std::vector<int64_t> taken;
   while (static_cast<int64_t>(taken.size()) < k) taken.push_back(best_of(score, taken));
   return taken;
 }
+
+namespace {
 
 std::vector<int64_t> gshard_choice(const Layer& layer, const Inputs& in, const Vec& z, int64_t file_row) {
   std::vector<int64_t> choice = top(z, std::min<int64_t>(2, layer.experts));
@@ -181,6 +185,7 @@ std::vector<Pair> queue_of(const Layer& layer, const Inputs& in, const Rows& row
 }  // namespace
 
 Decision decide(const Layer& layer, const Inputs& in, const Rows& rows) {
+  if (layer.groups > 1) return decide_in_two_levels(layer, in, rows);
   Decision d;
   const Mat x = in.matrix("x");
   if (in.has("router.weight")) {
