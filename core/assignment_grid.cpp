@@ -29,11 +29,11 @@ using ScoreLanes __attribute__((vector_size(kLanes * sizeof(Score)))) = Score;
 
 // Calls use(e, scores e … e+kLanes-1 of a row); columns beyond the last repeat `fill`.
 template <class Score, class Use>
-inline void each_lanes(const Score* row, int64_t experts, Score fill, Use use) {
+MOELAB_INLINE void each_lanes(const Score* row, int64_t experts, Score fill, Use use) {
   ScoreLanes<Score> lanes;
   int64_t e = 0;
   for (; e + kLanes <= experts; e += kLanes) {
-    std::memcpy(&lanes, row + e, sizeof lanes);
+    load(lanes, row + e);
     use(e, lanes);
   }
   if (e == experts) return;
@@ -42,17 +42,16 @@ inline void each_lanes(const Score* row, int64_t experts, Score fill, Use use) {
 }
 
 template <class Score>
-RowSpread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
+MOELAB_LANES RowSpread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts) {
   RowSpread spread{0, 0, std::vector<double>(static_cast<size_t>(rows))};
   for (int64_t t = 0; t < rows; ++t) {
     const Score* row = scores.data() + t * experts;
     ScoreLanes<Score> high = ScoreLanes<Score>{} + row[0], low = high;
     each_lanes(row, experts, row[0], [&](int64_t, const ScoreLanes<Score>& lanes) {
-      high = high < lanes ? lanes : high;
-      low = lanes < low ? lanes : low;
+      keep_larger(high, lanes);
+      keep_smaller(low, lanes);
     });
-    const double top = std::max(std::max(high[0], high[1]), std::max(high[2], high[3]));
-    const double bottom = std::min(std::min(low[0], low[1]), std::min(low[2], low[3]));
+    const double top = largest(high), bottom = smallest(low);
     spread.max_T[static_cast<size_t>(t)] = top;
     spread.largest = std::max(spread.largest, top - bottom);
     spread.sum += top - bottom;
@@ -63,12 +62,12 @@ RowSpread spread_of(std::span<const Score> scores, int64_t rows, int64_t experts
 // Rounds one row to the grid. To the nearest, ties to even: 1.5·2^52 leaves no room for a
 // fraction.
 template <class Score>
-void round_row(const Score* row, int64_t experts, double max, double per_step, int32_t* to) {
+MOELAB_LANES void round_row(const Score* row, int64_t experts, double max, double per_step, int32_t* to) {
   constexpr double kNoFraction = 0x1.8p52;
   each_lanes(row, experts, static_cast<Score>(max), [&](int64_t e, const ScoreLanes<Score>& lanes) {
     const ScoreLanes<double> steps = (__builtin_convertvector(lanes, ScoreLanes<double>) - max) * per_step;
-    const Int4 rounded = __builtin_convertvector((steps + kNoFraction) - kNoFraction, Int4);
-    std::memcpy(to + e, &rounded, sizeof rounded);
+    const Ints rounded = __builtin_convertvector((steps + kNoFraction) - kNoFraction, Ints);
+    store(to + e, rounded);
   });
 }
 
@@ -90,7 +89,7 @@ GridScores make_grid(std::span<const Score> scores, int64_t rows, int64_t expert
 
 uint64_t hash_of_row(const int32_t* row, int64_t stride) {
   uint64_t lane[2] = {0x9e3779b97f4a7c15u, 0xc2b2ae3d27d4eb4fu};
-  for (int64_t e = 0; e < stride; e += kLanes) {
+  for (int64_t e = 0; e < stride; e += 4) {
     uint64_t pair[2];
     std::memcpy(pair, row + e, sizeof pair);
     for (int i = 0; i < 2; ++i) lane[i] = std::rotl(lane[i] ^ pair[i], 29) * 0xff51afd7ed558ccdu;
@@ -169,27 +168,35 @@ BestFinder::BestFinder(const GridScores& scores, const GridPrices& price_E)
   narrow_.resize(static_cast<size_t>(scores.stride), kPadding);
 }
 
-BestExpert BestFinder::operator()(const int32_t* row) const { return narrow_.empty() ? wide(row) : narrow(row); }
-
 BestExpert BestFinder::wide(const int32_t* row) const {
+  constexpr int64_t kNone = -(int64_t{1} << 61);
   BestExpert best{0, row[0] - price_E_[0]};
-  for (size_t e = 1; e < price_E_.size(); ++e)
-    if (row[e] - price_E_[e] > best.value) best = {static_cast<int32_t>(e), row[e] - price_E_[e]};
+  int64_t second = kNone;
+  for (size_t e = 1; e < price_E_.size(); ++e) {
+    const int64_t value = row[e] - price_E_[e];
+    second = std::max(second, std::min(value, best.value));
+    if (value > best.value) best = {static_cast<int32_t>(e), value};
+  }
+  best.margin = best.value - second;
   return best;
 }
 
-BestExpert BestFinder::narrow(const int32_t* row) const {
-  Int4 at = {0, 1, 2, 3}, index = at, best = Int4{} + std::numeric_limits<int32_t>::min();
+// The padding may count as second best, and the margin be less than it is.
+MOELAB_LANES BestExpert BestFinder::narrow(const int32_t* row) const {
+  TopLanes<Ints> top(std::numeric_limits<int32_t>::min());
+  Ints value, price;
   for (size_t e = 0; e < narrow_.size(); e += kLanes) {
-    const Int4 value = load_vector<Int4>(row + e) - load_vector<Int4>(narrow_.data() + e), better = value > best;
-    best = better ? value : best;
-    at = better ? index : at;
-    index += static_cast<int32_t>(kLanes);
+    load(value, row + e), load(price, narrow_.data() + e);
+    value -= price;
+    top.add(value);
   }
-  int32_t top = best[0], expert = at[0];
-  for (int lane = 1; lane < kLanes; ++lane)
-    if (best[lane] > top || (best[lane] == top && at[lane] < expert)) top = best[lane], expert = at[lane];
-  return {expert, top - lowest_};
+  top.fold();
+  FirstHit hit;
+  for (size_t e = 0; e < narrow_.size(); e += kLanes) {
+    load(value, row + e), load(price, narrow_.data() + e);
+    hit.look(value - price == top.best);
+  }
+  return {hit.get(), top.best[0] - lowest_, int64_t{top.best[0]} - top.second[0]};
 }
 
 int64_t dual_gap(const GridScores& scores, const ExpertLoads& loads, const GridPrices& price_E,

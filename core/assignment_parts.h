@@ -2,21 +2,9 @@
 #pragma once
 
 #include "core/assignment.h"
-
-#include <cstring>
+#include "core/assignment_lanes.h"
 
 namespace moelab {
-
-inline constexpr int64_t kLanes = 4;
-using Float4 = float __attribute__((vector_size(16)));
-using Int4 = int32_t __attribute__((vector_size(16)));
-
-template <class Vector, class Element>
-Vector load_vector(const Element* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
 
 // Rows that are equal on the grid, so that collapsed or repeated inputs are solved once. Groups are numbered by first row.
 struct RowGroups {
@@ -29,15 +17,17 @@ RowGroups group_equal_rows(const GridScores& scores);
 
 using GridPrices = std::vector<int64_t>;
 
-// The best expert at these prices, ties to the lowest, and its score minus its price. Exact.
+// The best expert at these prices, ties to the lowest, its score minus its price, and by how much at least that exceeds every
+// other expert's. Exact.
 struct BestExpert {
   int32_t expert = 0;
   int64_t value = 0;
+  int64_t margin = 0;
 };
 class BestFinder {
  public:
   BestFinder(const GridScores& scores, const GridPrices& price_E);
-  BestExpert operator()(const int32_t* row) const;
+  BestExpert operator()(const int32_t* row) const { return narrow_.empty() ? wide(row) : narrow(row); }
 
  private:
   BestExpert wide(const int32_t* row) const;
@@ -61,6 +51,9 @@ ExpertLoads settled_loads(const GridScores& scores, ExpertLoads loads);
 // Shifts the prices to a lowest of 0 and fills in everything else.
 BalancedAssignment certified(const GridScores& scores, const ExpertLoads& loads, GridPrices price_E,
                              std::vector<int64_t> expert_T);
+
+// With fewer rows per expert there is no auction: there are few paths to repair.
+inline constexpr int64_t kRowsForAuction = 2;
 
 // Step 1 of the exact solver: an auction in which rows bid for experts, Gauss-Seidel, with falling increments; it moves
 // `price_E` near the optimum. Returns the bids made; it gives up rather than fight over tiny increments.

@@ -15,38 +15,48 @@ namespace {
 
 constexpr float kOutOfReach = std::numeric_limits<float>::infinity();
 
-// Coarse increments find the level of the prices, and a sample of the rows is enough for that.
+// Coarse increments find the level of the prices, and a sample of the rows is enough for that: every stride-th one, or fewer
+// where these would be more than `enough` for each expert. The last phase takes all rows.
 struct AuctionPhase {
   double increment;  // in standard deviations, about
   int64_t stride;
+  int64_t enough;
+
+  int64_t stride_for(int64_t rows, int64_t experts) const {
+    const int64_t widest = std::max<int64_t>(1, rows / (4 * experts));
+    return std::max(std::min(stride, widest), rows / (experts * enough));
+  }
 };
-constexpr std::array<AuctionPhase, 5> kAuctionPhases{{{1, 16}, {0.2, 16}, {0.04, 4}, {0.008, 1}, {0.001, 1}}};
+constexpr int64_t kAllRows = std::numeric_limits<int32_t>::max();
+constexpr std::array<AuctionPhase, 5> kAuctionPhases{
+    {{1, 16, 8}, {0.2, 16, 16}, {0.04, 4, 64}, {0.008, 1, 256}, {0.001, 1, kAllRows}}};
 
 struct TopTwo {
-  int32_t expert = 0;
-  float best = -kOutOfReach;
-  float second = -kOutOfReach;
+  int32_t expert;
+  float best, second;
 };
 
-TopTwo top_two(const int32_t* row, const std::vector<float>& price) {
-  Float4 best = Float4{} - kOutOfReach, second = best;
-  Int4 at = {0, 1, 2, 3}, index = at;
+MOELAB_INLINE void price_row(Floats& value, const int32_t* row, const float* price) {
+  Ints score;
+  Floats asked;
+  load(score, row), load(asked, price);
+  value = __builtin_convertvector(score, Floats) - asked;
+}
+
+MOELAB_LANES TopTwo top_two(const int32_t* row, const std::vector<float>& price) {
+  TopLanes<Floats> top(-kOutOfReach);
+  Floats value;
   for (size_t e = 0; e < price.size(); e += kLanes) {
-    const Float4 value = __builtin_convertvector(load_vector<Int4>(row + e), Float4) - load_vector<Float4>(price.data() + e);
-    const Int4 better = value > best;
-    const Float4 loser = better ? best : value;
-    second = loser > second ? loser : second;
-    best = better ? value : best;
-    at = better ? index : at;
-    index += static_cast<int32_t>(kLanes);
+    price_row(value, row + e, price.data() + e);
+    top.add(value);
   }
-  TopTwo top{at[0], best[0], second[0]};
-  for (int lane = 1; lane < kLanes; ++lane) {
-    const bool wins = best[lane] > top.best || (best[lane] == top.best && at[lane] < top.expert);
-    top.second = std::max({top.second, second[lane], wins ? top.best : best[lane]});
-    if (wins) top.expert = at[lane], top.best = best[lane];
+  top.fold();
+  FirstHit hit;
+  for (size_t e = 0; e < price.size(); e += kLanes) {
+    price_row(value, row + e, price.data() + e);
+    hit.look(value == top.best);
   }
-  return top;
+  return {hit.get(), top.best[0], top.second[0]};
 }
 
 struct Bid {
@@ -146,14 +156,14 @@ class PriceAuction {
 
 int64_t improve_prices(const GridScores& scores, const RowGroups& groups, const ExpertLoads& loads, bool warm,
                        GridPrices& price_E) {
-  if (scores.experts < 2 || scores.rows < 2 * scores.experts) return 0;  // few paths to repair, and every load is positive
+  if (scores.experts < 2 || scores.rows < kRowsForAuction * scores.experts) return 0;  // above, every load is positive
   PriceAuction auction(scores, groups, loads, price_E);
   // Increments below what a float of the size of the scores can tell apart would never raise a price.
   const double typical = scores.mean_spread / 4.5, finest = 0x1p29 * 0x1p-21;
-  const int64_t most_bids = 64 + 8 * groups.count(), widest = std::max<int64_t>(1, scores.rows / (4 * scores.experts));
+  const int64_t most_bids = 64 + 8 * groups.count();
   const auto finished = [&](const AuctionPhase& phase) {
     const double increment = std::max(typical * phase.increment, finest);
-    return auction.run(static_cast<float>(increment), most_bids, std::min(phase.stride, widest));
+    return auction.run(static_cast<float>(increment), most_bids, phase.stride_for(scores.rows, scores.experts));
   };
   if (!warm || !finished(kAuctionPhases.back())) (void)std::all_of(kAuctionPhases.begin(), kAuctionPhases.end(), finished);
   for (size_t e = 0; e < price_E.size(); ++e) price_E[e] = std::llround(auction.price(e));

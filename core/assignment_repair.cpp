@@ -4,11 +4,16 @@
 //
 // Where extra slots are free, i → j may also hand j's extra slot to i at no loss. That is never negative either, as the
 // experts of the highest prices hold these slots.
+//
+// Few rows ever move: those that are nearly as well off elsewhere. Edges are formed from rows whose margin, at the prices of the
+// last sorting, is within a reach; all others are longer than the reach less what prices have drifted apart since. A path that is
+// no longer than that is the shortest of all; where there is none, the reach grows and the rows are sorted anew.
 #include "core/assignment_parts.h"
 
 #include "core/error.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -35,36 +40,67 @@ struct PathEdge {
   int32_t group;
 };
 
+// What an expert holds: groups that may have to move come first.
+struct Holdings {
+  std::vector<Holding> all;
+  size_t near = 0;
+
+  void bring_near(size_t at) {
+    if (at >= near) std::swap(all[at], all[near++]);
+  }
+  void remove_near(size_t at) {
+    all[at] = all[--near];
+    all[near] = all.back();
+    all.pop_back();
+  }
+  // Position of a group among the first `count`, or `count`.
+  size_t find(int32_t group, size_t count) const {
+    size_t at = 0;
+    while (at < count && all[at].group != group) ++at;
+    return at;
+  }
+};
+
 class PathRepair {
  public:
   PathRepair(const GridScores& scores, const RowGroups& groups, const ExpertLoads& loads, GridPrices& price_E)
       : scores_(scores), groups_(groups), price_E_(price_E), experts_(static_cast<size_t>(scores.experts)),
         stride_(static_cast<size_t>(scores.stride)), load_E_(loads.load_E), has_extra_E_(experts_, 0), rows_of_E_(experts_, 0),
-        held_E_(experts_), stale_E_(experts_, 0), loss_EE_(experts_ * stride_, kNoRow), mover_EE_(experts_ * stride_, 0),
-        distance_E_(experts_), done_E_(experts_), reached_by_E_(experts_) {
+        held_E_(experts_), stale_E_(experts_, 1), loss_EE_(experts_ * stride_, kNoRow), mover_EE_(experts_ * stride_, 0),
+        distance_E_(experts_), done_E_(experts_), reached_by_E_(experts_),
+        reach_(first_reach(scores)), sorted_at_E_(price_E) {
     hand_out_extra(loads.free_extra);
-    for (size_t e = 0; e < experts_; ++e) held_E_[e].reserve(static_cast<size_t>(load_E_[e] + load_E_[e] / 8 + 4));
+    for (size_t e = 0; e < experts_; ++e) held_E_[e].all.reserve(static_cast<size_t>(load_E_[e] + load_E_[e] / 8 + 4));
     const BestFinder best(scores, price_E);
-    for (int32_t g = 0; g < static_cast<int32_t>(groups.count()); ++g)
-      give(static_cast<size_t>(best(row(g)).expert), g, groups.size_G[static_cast<size_t>(g)]);
+    std::vector<int32_t> tied;
+    for (int32_t g = 0; g < static_cast<int32_t>(groups.count()); ++g) {
+      const BestExpert own = best(row(g));
+      if (own.margin == 0) tied.push_back(g);
+      else place(static_cast<size_t>(own.expert), g, own.margin);
+    }
+    for (const int32_t g : tied) place(roomiest_best(g, best(row(g)).value), g, 0);
   }
 
   int64_t run() {
     int64_t paths = 0;
-    for (; any_surplus(); ++paths) move_along(shortest_path());
+    for (; any_surplus(); ++paths) {
+      size_t target = nearest_deficit();
+      for (; !is_within_reach(target); target = nearest_deficit()) look_further(target);
+      move_along(shortest_path(target));
+    }
     return paths;
   }
 
   // Rows of a group go to its experts in the order of both.
   std::vector<int64_t> expert_of_rows() const {
     std::vector<int32_t> share_G1(groups_.size_G.size() + 1, 0);  // where a group's shares begin
-    for (const auto& held_by : held_E_)
-      for (const Holding& held : held_by) ++share_G1[static_cast<size_t>(held.group) + 1];
+    for (const Holdings& held_by : held_E_)
+      for (const Holding& held : held_by.all) ++share_G1[static_cast<size_t>(held.group) + 1];
     std::partial_sum(share_G1.begin(), share_G1.end(), share_G1.begin());
     std::vector<ExpertShare> shares(static_cast<size_t>(share_G1.back()));
     std::vector<int32_t> next_G(share_G1.begin(), share_G1.end() - 1);
     for (size_t e = 0; e < experts_; ++e)
-      for (const Holding& held : held_E_[e])
+      for (const Holding& held : held_E_[e].all)
         shares[static_cast<size_t>(next_G[static_cast<size_t>(held.group)]++)] = {static_cast<int32_t>(e), held.amount};
     std::vector<int64_t> expert_T;
     expert_T.reserve(groups_.group_T.size());
@@ -87,6 +123,21 @@ class PathRepair {
     return false;
   }
 
+  void place(size_t e, int32_t group, int64_t margin) {
+    const int32_t size = groups_.size_G[static_cast<size_t>(group)];
+    rows_of_E_[e] += size;
+    held_E_[e].all.push_back({group, size});
+    if (margin <= reach_) held_E_[e].bring_near(held_E_[e].all.size() - 1);
+  }
+
+  // Of the experts that are equally good, the lowest of those with the most room: with few different scores most rows tie.
+  size_t roomiest_best(int32_t group, int64_t best) const {
+    size_t roomiest = experts_;
+    for (size_t e = 0; e < experts_; ++e)
+      if (row(group)[e] - price_E_[e] == best && (roomiest == experts_ || surplus(e) < surplus(roomiest))) roomiest = e;
+    return roomiest;
+  }
+
   void hand_out_extra(int64_t count) {
     std::vector<size_t> order(experts_);
     std::iota(order.begin(), order.end(), 0);
@@ -95,63 +146,108 @@ class PathRepair {
     extra_moves_ = count > 0;
   }
 
+  // What has moved once may move on.
   void give(size_t e, int32_t group, int32_t amount) {
     rows_of_E_[e] += amount;
+    Holdings& held = held_E_[e];
     const bool splits = groups_.size_G[static_cast<size_t>(group)] > 1;  // only such a group can be here already
-    if (Holding* held = splits ? find(e, group) : nullptr) {
-      held->amount += amount;
-      return;
-    }
-    held_E_[e].push_back({group, amount});
+    const size_t at = splits ? held.find(group, held.all.size()) : held.all.size();
+    if (at == held.all.size()) held.all.push_back({group, 0});
+    held.all[at].amount += amount;
+    held.bring_near(at);
     if (!stale_E_[e]) note_losses(e, group);
   }
 
   void take(size_t e, int32_t group, int32_t amount) {
     rows_of_E_[e] -= amount;
-    Holding* held = find(e, group);
-    held->amount -= amount;
-    if (held->amount > 0) return;
-    *held = held_E_[e].back();
-    held_E_[e].pop_back();
+    Holdings& held = held_E_[e];
+    const size_t at = held.find(group, held.near);
+    held.all[at].amount -= amount;
+    if (held.all[at].amount > 0) return;
+    held.remove_near(at);
     stale_E_[e] = 1;
   }
 
-  Holding* find(size_t e, int32_t group) {
-    for (Holding& held : held_E_[e])
-      if (held.group == group) return &held;
-    return nullptr;
+  int64_t amount_of(size_t e, int32_t group) const {
+    const Holdings& held = held_E_[e];
+    return held.all[held.find(group, held.near)].amount;
   }
 
-  int64_t amount_of(size_t e, int32_t group) { return find(e, group)->amount; }
-
   // Lowers the losses of e's edges to those of one more group.
-  void note_losses(size_t e, int32_t group) {
+  MOELAB_LANES void note_losses(size_t e, int32_t group) {
     const int32_t* score = row(group);
-    const Int4 own = Int4{} + score[e], mover = Int4{} + group;
+    const Ints own = Ints{} + score[e], mover = Ints{} + group;
     int32_t *loss = loss_EE_.data() + e * stride_, *movers = mover_EE_.data() + e * stride_;
+    Ints now, then, who;
     for (size_t j = 0; j < stride_; j += kLanes) {
-      const Int4 now = own - load_vector<Int4>(score + j), then = load_vector<Int4>(loss + j);
-      const Int4 less = now < then, best = less ? now : then, who = less ? mover : load_vector<Int4>(movers + j);
-      std::memcpy(loss + j, &best, sizeof best);
-      std::memcpy(movers + j, &who, sizeof who);
+      load(now, score + j), load(then, loss + j), load(who, movers + j);
+      now = own - now;
+      who = now < then ? mover : who;
+      keep_smaller(then, now);
+      store(loss + j, then), store(movers + j, who);
     }
   }
 
   void refresh(size_t e) {
     std::fill_n(loss_EE_.begin() + static_cast<std::ptrdiff_t>(e * stride_), stride_, kNoRow);
-    for (const Holding& held : held_E_[e]) note_losses(e, held.group);
+    for (size_t i = 0; i < held_E_[e].near; ++i) note_losses(e, held_E_[e].all[i].group);
     stale_E_[e] = 0;
   }
 
-  // Dijkstra from all experts with too many rows to the nearest with too few. Prices move on the way.
-  std::vector<PathEdge> shortest_path() {
+  // After an auction some hundredths of a standard deviation, some times its last increment; without one prices may be anywhere.
+  static int64_t first_reach(const GridScores& scores) {
+    if (scores.rows < kRowsForAuction * scores.experts) return kFarAway;
+    return std::llround(scores.mean_spread * 0.006);
+  }
+
+  // How far apart prices have drifted since rows were sorted.
+  int64_t drift() const {
+    int64_t most = std::numeric_limits<int64_t>::min(), least = std::numeric_limits<int64_t>::max();
+    for (size_t e = 0; e < experts_; ++e) {
+      most = std::max(most, price_E_[e] - sorted_at_E_[e]);
+      least = std::min(least, price_E_[e] - sorted_at_E_[e]);
+    }
+    return most - least;
+  }
+
+  bool all_are_near() const {
+    return std::all_of(held_E_.begin(), held_E_.end(), [](const Holdings& held) { return held.near == held.all.size(); });
+  }
+
+  bool is_within_reach(size_t target) const {
+    if (target < experts_ && distance_E_[target] <= reach_ - drift()) return true;
+    if (!all_are_near()) return false;
+    check_invariant(target < experts_, "the loads of an assignment add up to its rows");
+    return true;
+  }
+
+  void look_further(size_t target) {
+    const int64_t wanted = target < experts_ ? distance_E_[target] + drift() : reach_;
+    reach_ = std::min(kFarAway, 4 * std::max<int64_t>({reach_, wanted, 1}));
+    sorted_at_E_ = price_E_;
+    const BestFinder best(scores_, price_E_);
+    for (Holdings& held : held_E_) {
+      held.near = 0;
+      for (size_t i = 0; i < held.all.size(); ++i)
+        if (best(row(held.all[i].group)).margin <= reach_) held.bring_near(i);
+    }
+    std::fill(stale_E_.begin(), stale_E_.end(), 1);
+  }
+
+  // Dijkstra from all experts with too many rows to the nearest with too few; experts_ where none is reached.
+  size_t nearest_deficit() {
     for (size_t e = 0; e < experts_; ++e) distance_E_[e] = surplus(e) > 0 ? 0 : kFarAway;
     std::fill(done_E_.begin(), done_E_.end(), 0);
     size_t at = nearest_open();
-    for (; surplus(at) >= 0; at = nearest_open()) {
+    for (; at < experts_ && surplus(at) >= 0; at = nearest_open()) {
       done_E_[at] = 1;
       relax(at);
     }
+    return at;
+  }
+
+  // Prices move on the way.
+  std::vector<PathEdge> shortest_path(size_t at) {
     const int64_t length = distance_E_[at];
     for (size_t e = 0; e < experts_; ++e) price_E_[e] += length - std::min(distance_E_[e], length);
     std::vector<PathEdge> path;
@@ -164,7 +260,6 @@ class PathRepair {
     int64_t least = kFarAway;
     for (size_t e = 0; e < experts_; ++e)
       if (!done_E_[e] && distance_E_[e] < least) least = distance_E_[e], nearest = e;
-    check_invariant(nearest < experts_, "the loads of an assignment add up to its rows");
     return nearest;
   }
 
@@ -205,12 +300,14 @@ class PathRepair {
   std::vector<int64_t> load_E_;
   std::vector<int8_t> has_extra_E_;
   std::vector<int64_t> rows_of_E_;
-  std::vector<std::vector<Holding>> held_E_;
-  std::vector<int8_t> stale_E_;             // loss_EE_ of this row counts a group that is gone
+  std::vector<Holdings> held_E_;
+  std::vector<int8_t> stale_E_;             // this row of loss_EE_ does not say what the near groups do
   std::vector<int32_t> loss_EE_, mover_EE_; // [E, stride] least loss of moving from e to j, and whose
   std::vector<int64_t> distance_E_;
   std::vector<int8_t> done_E_;
   std::vector<PathEdge> reached_by_E_;
+  int64_t reach_;            // groups of a larger margin at the prices sorted_at_E_ are far
+  GridPrices sorted_at_E_;
   bool extra_moves_ = false;
 };
 

@@ -101,7 +101,11 @@ Tensor inner_product(const std::vector<Tensor>& gradient, const LossStatistics& 
 Tensor load_probability(const Scores& scores, int64_t k, bool include_self);
 
 // The rows that loss `load` and `probe.load` sum: load_probability in training where noise was added and k < E, else the
-// choices themselves, without gradient.
-Tensor load_rows(const RouteInput& in, const RouteOutput& out, int64_t experts, bool include_self);
+// choices themselves, without gradient. [T,E]. A choice in two levels has three of them: of the groups [T,G]; of the experts
+// inside their groups [T,E], of the rows that chose the group; and these rows, as 1, [T,G].
+std::vector<Tensor> load_rows(const RouteInput& in, const RouteOutput& out, int64_t experts, bool include_self);
+
+// The load of each expert from their sums: the sum itself, or load_g · load_e / rows of g. [E]
+Tensor load_of(const std::vector<Tensor>& sums);
 
 }  // namespace moelab

@@ -13,6 +13,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -69,11 +70,21 @@ struct Scores {
   Tensor noise_std_TE;  // of the additive noise; undefined = none
 };
 
+// A choice in two levels: of groups of consecutive experts, then of as many experts inside each chosen group. What the load loss
+// needs of it; of each level the clean and noisy logits and the noise's std alone are set.
+struct TwoLevels {
+  Scores group;       // [T,G]
+  Scores expert;      // [T,E], comparable inside a group only
+  int64_t k_groups = 0;
+  int64_t k = 0;      // experts inside each; the choices of a row lie group by group
+};
+
 struct RouteOutput {
   Plan plan;
   Assignment assignment;   // sparse plans only
   Tensor gate_TK;          // before any drop or after_drop renormalisation, on the graph; sparse plans only
   Scores scores;
+  std::optional<TwoLevels> levels;
   int64_t k = 0;           // choices per row the method makes; 0 = varies
   int64_t places = 0;      // Σ capacity over scopes and experts; 0 = no capacity
   std::map<std::string, Tensor> probes;      // "logits", "probs", … for diagnostics and `moelab route`
@@ -118,6 +129,7 @@ struct RouterFacts {
   bool needs_segments = false;
   bool needs_domain = false;
   bool needs_global_batch = false; // decides over all ranks' rows
+  bool mixes_ranks = false;        // ranks decide over rows dealt out among them: their number matters
   bool batch_independent = true;   // without a capacity, a row's decision depends on that row and on earlier ones of its
                                    // sequence alone (in training)
   bool batch_independent_eval = true;
@@ -128,6 +140,8 @@ struct RouterFacts {
   bool decodes = true;             // token by token equals the full forward
   int64_t passes = 1;              // forward passes per step
   int64_t fixed_k = 0;             // choices per row where the method fixes them; 0 = the option `k`, or it varies
+  int64_t groups = 1;              // of consecutive experts: a row chooses k_groups of them, then as many experts inside each
+  int64_t k_groups = 1;
   bool has_scores = true;          // one logit and one probability per row and expert: losses and metrics may read them
   ProbabilityRule probabilities = ProbabilityRule::kSoftmax;  // of these scores
   bool distils = false;            // a second router learns its choices: RouteOutput::statistics has its scores, "distilled"
@@ -236,6 +250,8 @@ struct RouterEntry {
   std::string noise_shape = "";                // of the raw draw in contract terms, "" = none
   std::vector<ProbeDoc> probes = {};
   std::vector<std::string> differences = {};   // from the paper; empty = none known
+  std::vector<std::map<std::string, OptionValue>> verified_with = {};  // settings for the conformance kit to try: numbers have no
+                                                                        // list of choices that it could go through
   std::function<std::unique_ptr<Router>(RouterSpec)> make;
   std::source_location where = std::source_location::current();
 };

@@ -2,10 +2,12 @@
 
 #include "core/error.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -14,6 +16,7 @@
 #include <fmt/format.h>
 
 #include <limits>
+#include <map>
 
 namespace moelab {
 namespace {
@@ -127,6 +130,21 @@ Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK) {
 Tensor softmax_of_choices(const Tensor& logits_TE, const Tensor& choice_TK) {
   constexpr double kNever = -std::numeric_limits<double>::infinity();
   return logits_TE.gather(1, choice_TK.clamp_min(0)).masked_fill(choice_TK.lt(0), kNever).softmax(1);
+}
+
+std::vector<Tensor> rows_by_key(const Tensor& key_T) {
+  std::map<int64_t, std::vector<int64_t>> rows_of;
+  for (int64_t t = 0; t < key_T.numel(); ++t) rows_of[key_T.const_data_ptr<int64_t>()[t]].push_back(t);
+  std::vector<Tensor> groups;
+  for (const auto& [key, rows] : rows_of) groups.push_back(at::tensor(rows, at::kLong));
+  return groups;
+}
+
+Tensor softmax_over_rows(const Tensor& logits_TE, const std::vector<Tensor>& groups) {
+  if (groups.empty()) return logits_TE.softmax(0);
+  std::vector<Tensor> shares;
+  for (const Tensor& row_N : groups) shares.push_back(logits_TE.index_select(0, row_N).softmax(0));
+  return at::cat(shares).index_select(0, at::cat(groups).argsort());
 }
 
 Tensor renormalised(const Tensor& gate_TK, const Tensor& counted_TK) {

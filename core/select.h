@@ -43,6 +43,12 @@ Tensor gather_choices(const Tensor& score_TE, const Tensor& choice_TK);
 // Softmax of each row over its own choices alone; 0 where the choice is -1.
 Tensor softmax_of_choices(const Tensor& logits_TE, const Tensor& choice_TK);
 
+// The rows of each key, ascending; the keys too. key_T is int64 [T].
+std::vector<Tensor> rows_by_key(const Tensor& key_T);
+
+// Softmax of each column over the rows of a group. Every row is in one group.
+Tensor softmax_over_rows(const Tensor& logits_TE, const std::vector<Tensor>& groups);
+
 // Divides by the sum over the row's kept entries, guard 1e-9. `counted_TK` (bool) says which entries enter the sum.
 Tensor renormalised(const Tensor& gate_TK, const Tensor& counted_TK);
 

@@ -39,6 +39,7 @@ Json facts_json(const RouterEntry& entry) {
           {"needs_segments", f.needs_segments},
           {"needs_domain", f.needs_domain},
           {"needs_global_batch", f.needs_global_batch},
+          {"mixes_ranks", f.mixes_ranks},
           {"batch_independent", f.batch_independent},
           {"batch_independent_eval", f.batch_independent_eval},
           {"looks_ahead", f.looks_ahead},

@@ -157,6 +157,7 @@ std::vector<std::string> router_facts_in_words(const Json& facts) {
       {"needs_segments", true, "needs segments"},
       {"needs_domain", true, "needs domain labels"},
       {"needs_global_batch", true, "decides over the rows of all ranks"},
+      {"mixes_ranks", true, "ranks decide over rows dealt out among them"},
       {"batch_independent", false, "in training a row's decision depends on other rows"},
       {"batch_independent_eval", false, "in evaluation a row's decision depends on other rows"},
       {"looks_ahead", true, "reads later tokens"},

@@ -27,12 +27,13 @@ Comm* route_comm() {
   return alone.get();
 }
 
-// "E" and "k" of a declared noise shape are known once the layer is.
+// "E", "k" and "G" of a declared noise shape are known once the layer is.
 std::string route_size_word(std::string word, const RouterSpec& spec) {
   word.erase(std::remove(word.begin(), word.end(), ' '), word.end());
   const auto slots = [&] { return spec.options.declared("slots_per_expert") ? spec.options.integer("slots_per_expert") : 1; };
   if (word == "E") return std::to_string(spec.max_experts);
   if (word == "k") return std::to_string(spec.k());
+  if (word == "G+E") return std::to_string(spec.options.integer("groups") + spec.max_experts);
   if (word == "E·P") return std::to_string(spec.max_experts * slots());
   return word;
 }
@@ -64,7 +65,8 @@ AcceptedTensor accepted_noise(const Router& router, Mode mode) {
   noise.meaning = "the raw draw, before the router scales it: " + own;
   if (own.find("int64") != std::string::npos) noise.kind = TensorKind::kIndex;
   if (own.find("permutation") != std::string::npos) noise.kind = TensorKind::kPermutation;
-  if (spec.noise.kind == NoiseSpec::Kind::kNormal) add_shape(noise.shapes, {"T", std::to_string(spec.max_experts)});
+  if (spec.noise.kind == NoiseSpec::Kind::kNormal && !own.starts_with("normal"))
+    add_shape(noise.shapes, {"T", std::to_string(spec.max_experts)});
   if (spec.noise.kind == NoiseSpec::Kind::kJitter) add_shape(noise.shapes, {"T", "D"});
   if (own.empty()) noise.meaning = "the raw draw of [moe.noise], before it is scaled";
   return noise;

@@ -31,8 +31,11 @@ Options kit_options(const OptionSpecs& specs, const std::map<std::string, Option
 std::map<std::string, OptionValue> options_at(const RouterEntry& entry, const Variant& variant, const KitCase& at) {
   std::map<std::string, OptionValue> values = variant.options;
   if (at.short_stages) values.merge(stages_within(entry.options, kKitStages));
-  for (const OptionSpec& spec : entry.options)
-    if (spec.name == "k") values["k"] = at.k > 0 ? at.k : std::min(std::get<int64_t>(spec.default_value), at.experts);
+  for (const OptionSpec& spec : entry.options) {
+    if (spec.name != "k") continue;
+    if (at.k > 0) values["k"] = at.k;
+    else values.try_emplace("k", std::min(std::get<int64_t>(spec.default_value), at.experts));
+  }
   return values;
 }
 
@@ -122,6 +125,20 @@ std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& vari
   std::shared_ptr<Router> router = entry.make(std::move(spec));
   router->set_entry(&entry);
   return router;
+}
+
+bool builds(const RouterEntry& entry, const Variant& variant, const KitCase& at) {
+  try {
+    kit_router(entry, variant, at);
+    return true;
+  } catch (const Error& error) {
+    if (error.code() == ExitCode::kUsage) return false;
+    throw;
+  }
+}
+
+bool has_size(const Subject& subject, const KitCase& at) {
+  return subject.variant.label.empty() || builds(subject.entry, subject.variant, at);
 }
 
 KitLayer kit_layer(const Subject& subject, const KitCase& at) {

@@ -14,7 +14,7 @@ struct KitCase {
   int64_t sequences = 3;
   int64_t width = 5;
   int64_t experts = 4;           // active at the start; a variant may leave room for more
-  int64_t k = 0;                 // 0 = the router's default, or `experts` where that is less
+  int64_t k = 0;                 // 0 = the variant's or the router's default, or `experts` where that is less
   CapacityPolicy capacity = {};  // in training and in evaluation
   Mode mode = Mode::kTrain;
   at::ScalarType dtype = at::kDouble;
@@ -29,6 +29,10 @@ struct KitCase {
 constexpr int64_t kKitStages = 6;
 
 std::shared_ptr<Router> kit_router(const RouterEntry& entry, const Variant& variant, const KitCase& at);
+// Whether the router takes these settings at these sizes. False only for a usage error.
+bool builds(const RouterEntry& entry, const Variant& variant, const KitCase& at);
+// The defaults have to build at any size; of other settings, sizes that the router refuses are left out.
+bool has_size(const Subject& subject, const KitCase& at);
 
 // What a request carries from call to call: through the layer, and through the one before it where there is one.
 struct KitState {

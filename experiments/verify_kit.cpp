@@ -26,14 +26,10 @@ std::vector<Variant> noise_variants(const RouterEntry& entry) {
           {.label = "noise = jitter", .noise = {.kind = NoiseSpec::Kind::kJitter, .epsilon = 0.1, .epsilon_given = true}}};
 }
 
-bool builds(const RouterEntry& entry, const Variant& variant) {
-  try {
-    kit_router(entry, variant, {});
-    return true;
-  } catch (const Error& error) {
-    if (error.code() == ExitCode::kUsage) return false;
-    throw;
-  }
+std::string label_of(const std::map<std::string, OptionValue>& settings) {
+  std::string label;
+  for (const auto& [name, value] : settings) label += fmt::format("{}{} = {}", label.empty() ? "" : ", ", name, to_text(value));
+  return label;
 }
 
 // Some settings are for batches of one shape alone. Other failures are for the properties to find.
@@ -125,10 +121,11 @@ std::vector<Variant> variants_of(const RouterEntry& entry) {
   for (const OptionSpec& spec : entry.options)
     for (const OptionValue& value : other_values(spec))
       variants.push_back({.label = fmt::format("{} = {}", spec.name, to_text(value)), .options = {{spec.name, value}}});
+  for (const auto& settings : entry.verified_with) variants.push_back({.label = label_of(settings), .options = settings});
   for (Variant& noisy : noise_variants(entry)) variants.push_back(std::move(noisy));
   variants.push_back({.label = "max_experts above experts", .room = 2});
   std::erase_if(variants, [&](const Variant& variant) {
-    return !variant.label.empty() && (!builds(entry, variant) || refuses_any_batch(entry, variant));
+    return !variant.label.empty() && (!builds(entry, variant, {}) || refuses_any_batch(entry, variant));
   });
   return variants;
 }

@@ -101,7 +101,7 @@ void check_shapes(const Subject& subject) {
         at.mode = mode;
         at.dtype = input.dtype;
         at.capacity.mode = input.capacity;
-        check_size(subject, at, input);
+        if (has_size(subject, at)) check_size(subject, at, input);
       }
 }
 
@@ -114,7 +114,13 @@ std::string ties_not_applicable(const Subject& subject) {
   return facts.batch_independent_eval ? "" : "its rows compete, so equal scores do not settle a choice";
 }
 
-// A row of equal scores takes the experts 0, 1, …, k-1, in this order; as many of them as it takes, where k varies.
+// The experts 0, 1, …, k-1; of groups the first ones, and as many of the first experts of each.
+Tensor lowest_experts(const RouterFacts& facts, int64_t experts, int64_t k) {
+  const Tensor group_K1 = at::arange(facts.k_groups, at::kLong).unsqueeze(1).mul(experts / facts.groups);
+  return group_K1.add(at::arange(k / facts.k_groups, at::kLong)).flatten();
+}
+
+// A row of equal scores takes the lowest experts, in their order; as many of them as it takes, where k varies.
 void check_ties(const Subject& subject) {
   const KitCase at{.mode = Mode::kEval};
   const KitLayer layer = kit_layer(subject, at);
@@ -125,7 +131,7 @@ void check_ties(const Subject& subject) {
   must(at::equal(probability_TE, probability_TE.slice(1, 0, 1).expand_as(probability_TE)),
        "parameters of zero do not give equal probabilities", at);
   const Tensor& choice_TK = out.assignment.choice_TK;
-  const Tensor lowest_TK = at::arange(choice_TK.size(1), at::kLong).expand_as(choice_TK);
+  const Tensor lowest_TK = lowest_experts(subject.facts, at.experts, choice_TK.size(1)).expand_as(choice_TK);
   must(at::equal(choice_TK, lowest_TK.masked_fill(choice_TK.lt(0), -1)), "a tie does not go to the lowest expert index", at);
   must(choice_TK.select(1, 0).eq(0).all().item<bool>(), "a row of equal scores takes no expert", at);
 }

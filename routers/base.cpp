@@ -11,9 +11,11 @@
 // are the mean over its problems, weighted by their rows.
 // Other solvers approximate: experts bid for rows, Sinkhorn (Clark et al., 2022, arXiv:2202.01169), expert by expert.
 //
-// Differences from the paper: its solver is an auction that stops early, this one is exact; T need not be a multiple of E;
-// `shuffle` permutes the rows of one problem, which decides ties only: the paper's mixes the rows of all ranks, for which
-// scope = "global" solves one problem over them.
+// scope = "local" (the paper's): each rank solves the problem of its own rows, or with `shuffle` of an equal share of all ranks'
+// rows, drawn at random; "global": one problem over all ranks' rows. On one rank the order that a shuffle gives the rows decides
+// ties only. Scores travel between ranks, not rows.
+//
+// Differences from the paper: its solver is an auction that stops early, this one is exact; T need not be a multiple of E.
 #include "core/assignment.h"
 #include "core/error.h"
 #include "core/linear_router.h"
@@ -80,6 +82,7 @@ class BaseRouter : public LinearRouter {
     RouterFacts facts = LinearRouter::facts();
     facts.noisy_in_training = facts.noisy_in_training || shuffle_;
     facts.needs_global_batch = global_;
+    facts.mixes_ranks = shuffle_ && !global_;
     facts.permutation_equivariant = solver_ == "exact" && extra_ == ExtraSlots::kBest;
     return facts;
   }
@@ -128,19 +131,28 @@ class BaseRouter : public LinearRouter {
     return mask_E_.defined() ? mask_E_.nonzero().squeeze(1) : at::arange(spec_.max_experts, at::kLong);
   }
 
-  // The rows of one problem are those of this micro-batch, or of all ranks' micro-batches in rank order.
+  // The rows of one problem are those of this micro-batch, or of all ranks' micro-batches in rank order; or, where a shuffle
+  // deals out the rows of all ranks, this rank's share of them.
   Solved solve(const RouteInput& in, const Tensor& score_TE) const {
     const at::NoGradGuard no_grad;
     const Tensor active_A = active_index();
-    const Tensor score_TA = gathered(in, score_TE.index_select(1, active_A));
-    const Tensor order_T = shuffle_ ? gathered(in, shuffle_ranks(in)).argsort(/*stable=*/true, 0, false) : Tensor();
-    const Tensor shuffled_TA = (shuffle_ ? score_TA.index_select(0, order_T) : score_TA).to(at::kCPU).contiguous();
-    const std::vector<double> price_A = base_doubles(prices_E_.index_select(0, active_A));
-    const BalancedAssignment found = assigned(base_grid(shuffled_TA), in.step, price_A);
-    Tensor choice_T = active_A.index_select(0, base_tensor(found.expert_T, at::kLong));
-    if (shuffle_) choice_T = at::empty_like(choice_T).index_copy_(0, order_T, choice_T);
-    const Tensor gap = at::full({1}, found.gap, score_TE.options());
-    return {own_rows(in, choice_T).unsqueeze(1).to(score_TE.device()), gap, price_deltas(in, active_A, found.price_E)};
+    const Tensor score_NA = gathered(in, score_TE.index_select(1, active_A));
+    const Tensor order_N = shuffle_ ? gathered(in, shuffle_ranks(in)).argsort(/*stable=*/true, 0, false) : Tensor();
+    const Tensor mine_M = deals_out(in) ? share_of(*in.comm, order_N) : order_N;
+    const Tensor score_MA = (shuffle_ ? score_NA.index_select(0, mine_M) : score_NA).to(at::kCPU).contiguous();
+    const BalancedAssignment found = assigned(base_grid(score_MA), in.step, base_doubles(prices_E_.index_select(0, active_A)));
+    Tensor choice_N = active_A.index_select(0, base_tensor(found.expert_T, at::kLong));
+    if (deals_out(in)) choice_N = in.comm->all_gather(choice_N);
+    if (shuffle_) choice_N = at::empty_like(choice_N).index_copy_(0, order_N, choice_N);
+    const int64_t weight = deals_out(in) ? mine_M.numel() : in.rows();
+    return {own_rows(in, choice_N).unsqueeze(1).to(score_TE.device()), at::full({1}, found.gap, score_TE.options()),
+            price_deltas(weight, active_A, found.price_E)};
+  }
+
+  bool deals_out(const RouteInput& in) const { return shuffle_ && !global_ && in.comm->size() > 1; }
+
+  static Tensor share_of(const Comm& comm, const Tensor& order_N) {
+    return order_N.slice(0, comm.rank() * order_N.numel() / comm.size(), (comm.rank() + 1) * order_N.numel() / comm.size());
   }
 
   Tensor shuffle_ranks(const RouteInput& in) const {
@@ -159,20 +171,19 @@ class BaseRouter : public LinearRouter {
   }
 
   Tensor gathered(const RouteInput& in, const Tensor& rows) const {
-    return global_ ? in.comm->all_gather(rows.contiguous()) : rows;
+    return global_ || deals_out(in) ? in.comm->all_gather(rows.contiguous()) : rows;
   }
 
   Tensor own_rows(const RouteInput& in, const Tensor& choice_T) const {
-    if (!global_) return choice_T;
+    if (!global_ && !deals_out(in)) return choice_T;
     const Tensor count_R = in.comm->all_gather(at::full({1}, in.rows(), at::kLong));
     const int64_t before = count_R.slice(0, 0, in.comm->rank()).sum().item<int64_t>();
     return choice_T.slice(0, before, before + in.rows());
   }
 
   // Both are sums over rows, so that micro-batches and ranks add up.
-  std::map<std::string, Tensor> price_deltas(const RouteInput& in, const Tensor& active_A,
-                                             const std::vector<double>& price_A) const {
-    const auto rows = static_cast<double>(in.rows());
+  std::map<std::string, Tensor> price_deltas(int64_t weight, const Tensor& active_A, const std::vector<double>& price_A) const {
+    const auto rows = static_cast<double>(weight);
     Tensor sum_E = at::zeros({spec_.max_experts}, at::kDouble);
     sum_E.index_copy_(0, active_A.to(at::kCPU), base_tensor(price_A, at::kDouble).mul(rows));
     return {{"rows_times_price", sum_E}, {"price_rows", at::full({1}, rows, at::kDouble)}};
@@ -197,7 +208,8 @@ const Registration<RouterEntry> registration_base{{
                     .one_of({"exact", "auction", "sinkhorn", "greedy"}),
                 option("scope", "local", "one problem per rank and micro-batch, or one over all ranks")
                     .one_of({"local", "global"}),
-                option("shuffle", false, "permute the rows of a problem at random; it decides ties"),
+                option("shuffle", false, "scope = local: deal the rows of all ranks out to them at random; on one rank, and in one "
+                                         "problem over all, their random order decides ties"),
                 option("extra_slots", "best",
                        "who gets the T mod E extra rows: the best total (approximate solvers: the experts most in demand), the "
                        "lowest indices, or T mod E experts from step mod E on")
@@ -207,9 +219,7 @@ const Registration<RouterEntry> registration_base{{
     .noise_shape = "int64 permutation [T], with shuffle: the rows in the order of their places",
     .probes = {{"logits", "[T,E]", "s"}, {"probs", "[T,E]", "softmax of s; the gates are σ(s)"},
                {"gap", "[1]", "dual bound minus value on the grid, in the scores' units; 0 = proven best; training only"}},
-    .differences = {"its solver is an auction that stops early, this one is exact", "T need not be a multiple of E",
-                    "shuffle permutes the rows of one problem, which decides ties only: the paper's mixes the rows of all "
-                    "ranks, for which scope = \"global\" solves one problem over them"},
+    .differences = {"its solver is an auction that stops early, this one is exact", "T need not be a multiple of E"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<BaseRouter>(spec); },
 }};
 

@@ -95,6 +95,7 @@ const Registration<RouterEntry> registration_domain{{
     .probes = {{"logits", "[T,E]", "weight[d], where learned"}, {"probs", "[T,E]", "softmax of them"}},
     .differences = {"evaluation reads the label too, where the paper mixes experts by an estimate of it (hard)",
                     "no noise and no balance loss of its own (learned)"},
+    .verified_with = {{{"k", int64_t{2}}}, {{"hard", false}, {"k", int64_t{2}}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<DomainRouter>(spec); },
 }};
 

@@ -3,7 +3,8 @@
 //
 //   S = softmax_E(W x + noise);  among the n rows of a group each expert takes the C = n·factor/E of largest S, ties to the
 //   lowest row;  gate S_te;  a row gets 0 … E experts.  C is read from [moe.capacity], clamped to 1 … n; nothing is dropped.
-//   score_norm = tokens (Mesh TensorFlow): S = softmax over the group's rows, gate S_te / (experts that took the row)
+//   score_norm = tokens (Mesh TensorFlow): S = softmax over the group's rows, gate S_te / (experts that took the row); its loss is
+//     `coverage`
 //   cap_per_token = b: the C of largest A instead, where A maximises Σ S·A + λ H(A) subject to
 //     Σ_t A_te = C, Σ_e A_te ≤ b, 0 ≤ A ≤ 1, by Dykstra's projections in the logarithm; what they leave over the cap is settled
 //     by rows that refuse their least experts, who then ask their next best rows
@@ -22,9 +23,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -93,7 +92,7 @@ class ExpertChoiceRouter : public LinearRouter {
     refuse_scope_over_ranks(in);
     const std::vector<Tensor> groups = groups_of(in);
     const NoisyLogits logits = score(in);
-    const Tensor score_TE = over_tokens_ ? shares_of_tokens(logits.noisy_TE, groups) : logits.noisy_TE.softmax(1);
+    const Tensor score_TE = over_tokens_ ? softmax_over_rows(logits.noisy_TE, groups) : logits.noisy_TE.softmax(1);
     const bool alone = by_threshold_ && !in.training();
     const Tensor choice_TK =
         in.forced ? in.forced->choice_TK : in_columns(chosen(in, score_TE.detach(), groups, alone), score_TE);
@@ -130,18 +129,7 @@ class ExpertChoiceRouter : public LinearRouter {
     Tensor key_T = at::zeros_like(in.sequence_T);
     if (group_ == "time_step") key_T = in.position_T;
     if (group_ == "sequence") key_T = in.sequence_T;
-    std::map<int64_t, std::vector<int64_t>> rows_of;
-    for (int64_t t = 0; t < in.rows(); ++t) rows_of[key_T.const_data_ptr<int64_t>()[t]].push_back(t);
-    std::vector<Tensor> groups;
-    for (const auto& [key, rows] : rows_of) groups.push_back(at::tensor(rows, at::kLong));
-    return groups;
-  }
-
-  static Tensor shares_of_tokens(const Tensor& logits_TE, const std::vector<Tensor>& groups) {
-    if (groups.empty()) return logits_TE.softmax(0);
-    std::vector<Tensor> shares;
-    for (const Tensor& row_N : groups) shares.push_back(logits_TE.index_select(0, row_N).softmax(0));
-    return at::cat(shares).index_select(0, at::cat(groups).argsort());
+    return rows_by_key(key_T);
   }
 
   int64_t places(const RouteInput& in, int64_t rows) const {
@@ -217,7 +205,8 @@ const Registration<RouterEntry> registration_expert_choice{{
     .equation = "S = softmax(W x);  each expert takes the C rows of a group with its largest S;  gate S",
     .facts = {.stateful = true, .variable_k = true, .capacity_is_choice = true, .batch_independent = false,
               .batch_independent_eval = false, .decodes = false},
-    .options = {option("score_norm", "experts", "S is a softmax over experts, or over the group's rows")
+    .options = {option("score_norm", "experts", "S is a softmax over experts, or over the group's rows (Mesh TensorFlow's; its loss "
+                                             "is `coverage`)")
                     .one_of({"experts", "tokens"}),
                 option("cap_per_token", 0, "experts per row, at most; 0 = any number").at_least(0),
                 option("cap_lambda", 1e-3, "weight of the entropy where cap_per_token is set").between(1e-6, 10),
@@ -234,6 +223,7 @@ const Registration<RouterEntry> registration_expert_choice{{
                     "C is rounded as [moe.capacity] says",
                     "cap_per_token: lambda falls to its value from 0.1, and full rows refuse, so that few projections do",
                     "thresholds for evaluation are not in the paper"},
+    .verified_with = {{{"cap_per_token", int64_t{2}}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<ExpertChoiceRouter>(spec); },
 }};
 

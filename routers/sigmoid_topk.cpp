@@ -151,6 +151,9 @@ const Registration<RouterEntry> registration_sigmoid_topk{{
                {"scores", "[T,E]", "s = σ(logits)"}},
     .differences = {"the defaults are the plain ones (DeepSeek-V3: renormalise before_drop, scale 2.5, bias_rate 0.001, 4 of 8 groups)",
                     "the paper forms its loss per sequence (scope = \"sequence\")", "W starts at N(0, 0.02²)"},
+    .verified_with = {{{"groups", int64_t{2}}, {"groups_kept", int64_t{1}}, {"k", int64_t{2}}},
+                      {{"selection_bias", true}, {"bias_rate", 0.01}},
+                      {{"scale", 2.5}, {"renormalise", std::string("before_drop")}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<SigmoidTopk>(spec); },
 }};
 

@@ -152,6 +152,7 @@ const Registration<RouterEntry> registration_soft_moe{{
     .probes = {{"logits", "[T,E·P]", "X̂ Φ̂ᵀ · scale, without noise"}, {"probs", "[T,E·P]", "softmax of them over the slots"}},
     .differences = {"the constant that guards the norms stands inside the square root, as in the authors' code",
                     "normalise = false leaves rows and phi as they are"},
+    .verified_with = {{{"slots_per_expert", int64_t{2}}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<SoftMoeRouter>(spec); },
 }};
 

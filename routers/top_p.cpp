@@ -69,6 +69,7 @@ const Registration<RouterEntry> registration_top_p{{
                {"k", "[T]", "experts that the row chose, before drops"}},
     .differences = {"k_max caps the number of experts",
                     "f is divided by the mean number of choices, so that perfect balance reads 1", "W starts at N(0, 0.02²)"},
+    .verified_with = {{{"k_max", int64_t{2}}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<TopP>(spec); },
 }};
 

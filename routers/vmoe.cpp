@@ -32,7 +32,7 @@ class Vmoe : public LinearRouter {
   RouteOutput route(const RouteInput& in, RouteState&) const override {
     RouteOutput out = route_topk(in, score(in), spec_.k(), SoftmaxOver::kAll);
     out.probes["importance"] = out.scores.loss_TE.detach().sum(0);
-    out.probes["load"] = load_rows(in, out, spec_.max_experts, /*include_self=*/true).detach().sum(0);
+    out.probes["load"] = load_rows(in, out, spec_.max_experts, /*include_self=*/true).front().detach().sum(0);
     return out;
   }
 };

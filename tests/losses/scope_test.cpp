@@ -33,10 +33,11 @@ struct Batch {
   }
 };
 
+// Micro-batches below cut a sequence, which coverage compares as a whole; coverage_test.cpp has whole ones.
 std::vector<std::unique_ptr<Loss>> all_losses() {
   std::vector<std::unique_ptr<Loss>> losses;
   for (const LossEntry& entry : Registry<LossEntry>::instance().all())
-    if (entry.refuses({}).empty()) losses.push_back(make_loss(entry.name));
+    if (entry.refuses({}).empty() && entry.name != "coverage") losses.push_back(make_loss(entry.name));
   losses.push_back(make_loss("balance", {{"counts", std::string("any_choice")}, {"layers", std::string("pooled")}}));
   losses.push_back(make_loss("load", {{"threshold", std::string("include_self")}}));
   return losses;

@@ -156,7 +156,9 @@ Mat in_file_rows(const Inputs& in, const Rows& rows, const Mat& values, int64_t 
 
 void write_probes(const Layer& layer, const Inputs& in, const Rows& rows, const Decision& decision, Result& result) {
   if (!in.has("router.weight")) return;
-  result.probe["logits"] = in_file_rows(in, rows, decision.clean, layer.experts);
+  const bool levels = layer.groups > 1;
+  result.probe["logits"] = in_file_rows(in, rows, levels ? decision.inside_clean : decision.clean, layer.experts);
+  if (levels) result.probe["group_logits"] = in_file_rows(in, rows, decision.group_clean, layer.groups);
   result.probe["probs"] = in_file_rows(in, rows, decision.clean_probability, layer.experts);
   for (const auto& [name, value] : decision.probe) {
     const bool per_row = value.size() == rows.count() && rows.count() > 1;

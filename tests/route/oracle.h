@@ -47,6 +47,8 @@ struct Layer {
   std::string router = "softmax_topk";
   int64_t experts = 4;                      // rows of every tensor with one per expert
   int64_t k = 2;
+  int64_t groups = 1;                       // noisy_topk: more than 1 = its hierarchical form, k experts in each chosen group
+  int64_t k_groups = 2;
   std::string softmax = "before";
   std::string renormalise = "none";
   std::string second_expert = "random_2g";  // of the mode that runs

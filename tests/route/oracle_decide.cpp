@@ -214,6 +214,7 @@ void add_choice(const Layer& layer, Decision& d, std::vector<int64_t> choice, Ve
 }
 
 Decision decide(const Layer& layer, const Inputs& in, const Rows& rows) {
+  if (layer.groups > 1) return decide_in_two_levels(layer, in, rows);
   if (const Decide method = method_of(layer)) return method(layer, in, rows);
   Decision d;
   if (in.has("router.weight")) d = scored(layer, in, rows);

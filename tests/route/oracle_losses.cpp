@@ -77,7 +77,8 @@ Dual value_over(const LossCase& loss, const Layer& layer, const Decision& d, con
   return sum / Dual(static_cast<double>(of.size()));
 }
 
-// The k-th largest noisy logit of the row, expert `without` left out (-1: none left out).
+}  // namespace
+
 Dual kth_largest(const Vec& noisy, int64_t k, int64_t without) {
   Vec rest;
   for (size_t e = 0; e < noisy.size(); ++e)
@@ -85,8 +86,6 @@ Dual kth_largest(const Vec& noisy, int64_t k, int64_t without) {
   std::stable_sort(rest.begin(), rest.end(), [](const Dual& a, const Dual& b) { return a.v > b.v; });
   return rest[k - 1];
 }
-
-}  // namespace
 
 Vec importance(const Layer& layer, const Decision& d, const std::vector<size_t>& of, bool gates) {
   Vec sums(layer.experts);
@@ -98,6 +97,7 @@ Vec importance(const Layer& layer, const Decision& d, const std::vector<size_t>&
 }
 
 Vec load(const Layer& layer, const Decision& d, const std::vector<size_t>& of, bool include_self) {
+  if (layer.groups > 1) return load_in_two_levels(layer, d, of, include_self);
   Vec sums(layer.experts);
   for (const size_t t : of) {
     const auto k = static_cast<int64_t>(d.choice[t].size());

@@ -44,7 +44,14 @@ struct Decision {
   Mat direction;                               // the router's matrix
   std::vector<bool> active;                    // [E]
   std::map<std::string, Mat> probe;            // rows are routed rows, or one row of [E] or [1]
+  Mat group_clean, group_noisy, group_std;     // [T,G], of noisy_topk's hierarchical form
+  Mat inside_clean, inside_noisy, inside_std;  // [T,E]; clean and noisy are the joint logits there
+  std::vector<std::vector<int64_t>> group;     // [T,k_groups] chosen groups
 };
+
+// noisy_topk with groups.
+Decision decide_in_two_levels(const Layer& layer, const Inputs& in, const Rows& rows);
+Vec load_in_two_levels(const Layer& layer, const Decision& decision, const std::vector<size_t>& of, bool include_self);
 
 Decision decide(const Layer& layer, const Inputs& in, const Rows& rows);
 
@@ -86,6 +93,8 @@ Vec importance(const Layer& layer, const Decision& decision, const std::vector<s
 Vec expert_output(const Layer& layer, const Inputs& in, const std::string& prefix, int64_t expert, const Vec& x);
 
 Vec softmax(const Vec& z);
+std::vector<int64_t> top(const Vec& score, int64_t k);               // the k largest, ties to the lowest
+Dual kth_largest(const Vec& noisy, int64_t k, int64_t without);      // `without` left out, -1: none
 Dual dot(const Vec& a, const Vec& b);
 
 }  // namespace moelab::oracle

@@ -39,6 +39,7 @@ std::string router_keys(const Layer& layer) {
   } else if (layer.router != "switch") {
     text += fmt::format("k = {}\n", layer.k);
   }
+  if (layer.groups > 1) text += fmt::format("groups = {}\nk_groups = {}\n", layer.groups, layer.k_groups);
   if (layer.router == "softmax_topk" || layer.router == "frozen") text += fmt::format("softmax = \"{}\"\n", layer.softmax);
   const std::set<std::string> plain{"switch", "uniform", "random"};
   if (!plain.count(layer.router)) text += fmt::format("renormalise = \"{}\"\n", layer.renormalise);
@@ -73,6 +74,8 @@ class InputMaker {
     const std::set<std::string> without_matrix{"uniform", "random", "hash", "thor", "domain"};
     if (!without_matrix.count(layer_.router)) add_normal("router.weight", {layer_.experts, width});
     if (layer_.router == "noisy_topk") add_normal("router.noise_weight", {layer_.experts, width});
+    if (layer_.groups > 1)
+      for (const char* name : {"router.group_weight", "router.group_noise_weight"}) add_normal(name, {layer_.groups, width});
     add_experts("experts", layer_.experts, layer_.width);
     if (layer_.shared_count > 0) add_experts("shared", 1, layer_.shared_count * layer_.shared_width);
     if (layer_.shared_gate) add_normal("shared.gate_weight", {1, width});
@@ -128,7 +131,7 @@ class InputMaker {
     } else if (layer_.train && (layer_.noise == "jitter" || (layer_.noise == "paper" && layer_.router == "switch"))) {
       add_uniform("noise", {rows, sizes_.width});
     } else if (layer_.train && (layer_.noise == "normal" || (layer_.noise == "paper" && noisy_.count(layer_.router)))) {
-      add_normal("noise", {rows, layer_.experts});
+      add_normal("noise", {rows, layer_.experts + (layer_.groups > 1 ? layer_.groups : 0)});
     }
   }
 

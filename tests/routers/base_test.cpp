@@ -236,6 +236,54 @@ TEST_CASE("base: scope = global on two ranks is one big batch, one rank may be e
   });
 }
 
+TEST_CASE("base: with scope = local a shuffle deals the rows of all ranks out, each rank solving its share of them") {
+  const std::map<std::string, OptionValue> dealt{{"shuffle", true}};
+  CHECK(base_router(3, dealt)->facts().mixes_ranks);
+  CHECK_FALSE(base_router(3)->facts().mixes_ranks);
+  CHECK_FALSE(base_router(3, {{"shuffle", true}, {"scope", word("global")}})->facts().mixes_ranks);
+  const Tensor x_TD = random_tensor(14, {14, 5});  // rank 0 has 5 rows, rank 1 has 9
+  const Tensor own_0 = longs_of({4, 3, 2, 1, 0}), own_1 = longs_of({0, 1, 2, 3, 4, 5, 6, 7, 8});
+  // Places taken in turns, rank 0's first: its row 4, rank 1's row 0 (5 of all), its row 3, 6, … Seven rows to each rank.
+  const Tensor order_N = longs_of({4, 5, 3, 6, 2, 7, 1, 8, 0, 9, 10, 11, 12, 13});
+  const auto plain = base_router(3);
+  Tensor expected_T = at::zeros({14}, at::kLong), prices_E = at::zeros({3}, at::kDouble);
+  for (const int64_t half : {0, 7}) {
+    const Tensor rows = order_N.slice(0, half, half + 7);
+    const RouteOutput out = route(*plain, RouteCase(x_TD.index_select(0, rows)).train());
+    expected_T.index_copy_(0, rows, out.assignment.choice_TK.select(1, 0));
+    prices_E = prices_E + out.deltas.at("rows_times_price") / 14;
+  }
+  run_on_threads(2, [&](test::CommPointer comm) {
+    const auto router = base_router(3, dealt);
+    const bool first = comm->rank() == 0;
+    RouteCase input = RouteCase(first ? x_TD.slice(0, 0, 5) : x_TD.slice(0, 5)).train().noise(first ? own_0 : own_1);
+    input.in.comm = comm.get();
+    const RouteOutput part = route(*router, input);
+    test::expect_equal(part.assignment.choice_TK.select(1, 0), first ? expected_T.slice(0, 0, 5) : expected_T.slice(0, 5), "choices");
+    test::expect(base_gap(part) == 0, "gap");
+    std::map<std::string, Tensor> sums = part.deltas;
+    for (auto& [name, delta] : sums) comm->all_reduce(delta);
+    router->end_step(sums, 0);
+    test::expect(relative_error(find_tensor(*router, "prices"), prices_E) < 1e-14, "prices");
+  });
+}
+
+TEST_CASE("base: a dealt out shuffle works with a rank that has no rows, and draws anew with the step") {
+  const Tensor x_TD = random_tensor(15, {40, 5});
+  std::vector<Tensor> choices(2);
+  run_on_threads(2, [&](test::CommPointer comm) {
+    const auto router = base_router(4, {{"shuffle", true}});
+    for (const int64_t step : {0, 1}) {
+      RouteCase input = RouteCase(comm->rank() == 0 ? x_TD : x_TD.slice(0, 0, 0)).train().seed(step);
+      input.in.comm = comm.get();
+      const RouteOutput out = route(*router, input);
+      if (comm->rank() == 0) choices[static_cast<size_t>(step)] = out.assignment.choice_TK.select(1, 0);
+    }
+  });
+  for (const Tensor& choice_T : choices) CHECK(at::bincount(choice_T, {}, 4).equal(longs_of({10, 10, 10, 10})));
+  CHECK_FALSE(choices[0].equal(choices[1]));
+}
+
 TEST_CASE("base: experts that are not there yet take no part, and the others are as without them") {
   for (const char* solver : {"exact", "auction", "sinkhorn", "greedy"}) {
     const auto roomy = base_router(3, {{"solver", word(solver)}}, 6), small = base_router(3, {{"solver", word(solver)}});
