@@ -32,6 +32,8 @@ struct Batch {
   Tensor length_B = {};
   Tensor sequence_B = {};  // int64, unique within a training step or within the validation split: keys the random draws
   Tensor domain_B = {};    // int64 label of each sample; undefined where the data have none
+  Tensor domain_BL = {};   // int64 label of each token instead, where a sequence holds several documents
+  Tensor document_BL = {};  // int64, which document each token is of, where whole documents are put end to end; rising or not
 
   int64_t samples() const;
   int64_t target_tokens() const;  // positions with something to predict

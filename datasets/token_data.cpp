@@ -17,8 +17,8 @@
 namespace moelab {
 namespace {
 
-TokenBatch empty_token_batch(int64_t first, int64_t count, int64_t context) {
-  TokenBatch batch;
+Batch empty_token_batch(int64_t first, int64_t count, int64_t context) {
+  Batch batch;
   batch.tokens_BL = at::zeros({count, context}, at::kLong);
   batch.targets_BL = at::full({count, context}, -1, at::kLong);
   batch.sequence_B = at::arange(first, first + count, at::kLong);
@@ -28,7 +28,7 @@ TokenBatch empty_token_batch(int64_t first, int64_t count, int64_t context) {
 int64_t* row_of(const Tensor& rows_BL, int64_t b) { return rows_BL.mutable_data_ptr<int64_t>() + b * rows_BL.size(1); }
 
 // The targets [start, start + context) of a stream, as far as it goes, each beside the token before it.
-void fill_window(const TokenStream& stream, int64_t before_all, int64_t start, const TokenBatch& batch, int64_t b) {
+void fill_window(const TokenStream& stream, int64_t before_all, int64_t start, const Batch& batch, int64_t b) {
   const int64_t length = std::min(batch.tokens_BL.size(1), stream.size() - start);
   int64_t* tokens = row_of(batch.tokens_BL, b);
   tokens[0] = start == 0 ? before_all : stream.at(start - 1);
@@ -118,7 +118,7 @@ class TokenDataset : public Dataset {
     fingerprint_ = fmt::format("{}+{}:{}", data_.train.size(), data_.validation.size(), hash.hex());
   }
 
-  int64_t vocabulary() const override { return data_.vocabulary; }
+  DataShape shape() const override { return {.kind = DataKind::kTokens, .classes = data_.vocabulary}; }
   bool is_text() const override { return !data_.bytes_V.empty() || data_.bytes_per_token == data_.bytes_per_token; }
   std::string tokenizer() const override { return data_.tokenizer; }
   std::string fingerprint() const override { return fingerprint_; }
@@ -132,16 +132,16 @@ class TokenDataset : public Dataset {
     return data_.validation_bytes ? *data_.validation_bytes : Dataset::validation_bytes();
   }
 
-  TokenBatch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
+  Batch train_batch(int64_t seed, int64_t step, int64_t first, int64_t count, int64_t batch) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= batch, "a slice of a training batch lies outside it");
     return composer_ ? composed_batch(seed, step * batch, first, count) : window_batch(seed, step, first, count);
   }
 
   int64_t eval_sequences() const override { return windows_in(data_.validation, context_); }
 
-  TokenBatch eval_batch(int64_t first, int64_t count) const override {
+  Batch eval_batch(int64_t first, int64_t count) const override {
     check_invariant(first >= 0 && count >= 0 && first + count <= eval_sequences(), "a validation slice lies outside the split");
-    const TokenBatch out = empty_token_batch(first, count, context_);
+    const Batch out = empty_token_batch(first, count, context_);
     for (int64_t b = 0; b < count; ++b) fill_window(data_.validation, data_.start, (first + b) * context_, out, b);
     return out;
   }
@@ -168,9 +168,9 @@ class TokenDataset : public Dataset {
   }
 
  private:
-  TokenBatch window_batch(int64_t seed, int64_t step, int64_t first, int64_t count) const {
+  Batch window_batch(int64_t seed, int64_t step, int64_t first, int64_t count) const {
     const RandomKey key = random_key(seed, "data").with("step", step);
-    const TokenBatch out = empty_token_batch(first, count, context_);
+    const Batch out = empty_token_batch(first, count, context_);
     for (int64_t b = 0; b < count; ++b) {
       const int64_t start = uniform_integer(key, first + b, data_.train.size() - context_);
       data_.train.copy(start, context_, row_of(out.tokens_BL, b));
@@ -180,9 +180,9 @@ class TokenDataset : public Dataset {
   }
 
   // The sequences of all epochs are counted through; `before` is how many earlier steps took.
-  TokenBatch composed_batch(int64_t seed, int64_t before, int64_t first, int64_t count) const {
+  Batch composed_batch(int64_t seed, int64_t before, int64_t first, int64_t count) const {
     const int64_t per_epoch = windows_in(data_.train, context_);
-    TokenBatch out = empty_token_batch(first, count, context_);
+    Batch out = empty_token_batch(first, count, context_);
     out.document_BL = at::full({count, context_}, -1, at::kLong);
     for (int64_t b = 0; b < count; ++b) {
       const int64_t taken = before + first + b;

@@ -21,6 +21,9 @@ struct Experiment {
   std::shared_ptr<Model> model;
 };
 
+// Tokens of a sequence of the model that `[model]` names; 0 for models that read none.
+int64_t model_context(const Table& root);
+
 // Reads everything and refuses what does not fit, before anything is created in a run folder. `tokenizer` is what an earlier run
 // of this experiment learned, Dataset::tokenizer(); "" = learn anew.
 Experiment load_experiment(const Table& root, const std::string& tokenizer = "");

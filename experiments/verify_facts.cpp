@@ -41,6 +41,7 @@ void check_plan_form(const Subject& subject) {
   for (const Mode mode : {Mode::kTrain, Mode::kEval})
     for (const int64_t experts : {1, 4, 9}) {
       const KitCase at{.experts = experts, .mode = mode};
+      if (!has_size(subject, at)) continue;
       const KitLayer layer = kit_layer(subject, at);
       const RouteOutput out = layer.route(kit_input(at));
       const PlanForm said = subject.facts.plan_in(mode), found = form_of(out.plan);

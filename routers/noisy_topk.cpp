@@ -78,7 +78,7 @@ class NoisyTopk : public LinearRouter {
     return facts;
   }
 
-  std::string noise_shape() const override { return groups_.count == 1 ? "normal [T,E]" : "normal [T,G+E], the groups' first"; }
+  std::string noise_shape(Mode) const override { return groups_.count == 1 ? "normal [T,E]" : "normal [T,G+E], the groups' first"; }
 
   // The primary gate's rows are groups.
   std::vector<Tensor> per_expert_tensors() const override {

@@ -77,7 +77,7 @@ Neighbours neighbours_in(const Tensor& document_BL, const Tensor& kind_BL) {
 }
 
 // Of each document in sequences of 8 + 8 + 4 targets: its label and its first three tokens behind the boundary.
-std::map<int64_t, std::vector<int64_t>> starts_of_documents(const TokenBatch& batch) {
+std::map<int64_t, std::vector<int64_t>> starts_of_documents(const Batch& batch) {
   std::map<int64_t, std::vector<int64_t>> starts;
   for (int64_t b = 0; b < batch.tokens_BL.size(0); ++b)
     for (const int64_t begin : {1, 9, 17}) {
@@ -161,7 +161,7 @@ TEST_CASE("an epoch predicts each byte of each document once, and reads nothing 
   for (const int64_t batch : {1, 7}) {
     std::map<int64_t, int64_t> predicted;
     for (int64_t taken = 0; taken < kLetteredSequences; ++taken) {
-      const TokenBatch sequence = data->train_batch(5, taken / batch, taken % batch, 1, batch);
+      const Batch sequence = data->train_batch(5, taken / batch, taken % batch, 1, batch);
       for (const int64_t target : values(sequence.targets_BL)) ++predicted[target];
     }
     CHECK(predicted.erase(-1) == (kLetteredBytes % kLetteredContext != 0));
@@ -174,11 +174,11 @@ TEST_CASE("composed batches are a function of seed and step, and slices of them 
   const std::string composer = GENERATE("random", "similarity");
   const auto data = make_byte_dataset(lettered_split(), kLetteredContext, composer);
   const auto other = make_byte_dataset(lettered_split(), kLetteredContext, composer);
-  const TokenBatch late = data->train_batch(1, 47, 0, 6, 6);  // sequences 282 … 287: over the end of the fourth epoch of 71
+  const Batch late = data->train_batch(1, 47, 0, 6, 6);  // sequences 282 … 287: over the end of the fourth epoch of 71
   for (int64_t step = 0; step < 47; ++step) other->train_batch(1, step, 0, 6, 6);
   CHECK(at::equal(other->train_batch(1, 47, 0, 6, 6).tokens_BL, late.tokens_BL));
   for (int64_t b = 0; b < 6; ++b) {
-    const TokenBatch slice = data->train_batch(1, 47, b, 1, 6);
+    const Batch slice = data->train_batch(1, 47, b, 1, 6);
     CHECK(at::equal(slice.tokens_BL, late.tokens_BL.narrow(0, b, 1)));
     CHECK(at::equal(slice.targets_BL, late.targets_BL.narrow(0, b, 1)));
     CHECK(at::equal(slice.document_BL, late.document_BL.narrow(0, b, 1)));
@@ -190,8 +190,8 @@ TEST_CASE("composed batches are a function of seed and step, and slices of them 
 
 TEST_CASE("another epoch has another order, and boundaries of documents are known") {
   const auto data = make_byte_dataset(lettered_split(), kLetteredContext, "random");
-  const TokenBatch first = data->train_batch(1, 0, 0, kLetteredSequences, kLetteredSequences);
-  const TokenBatch second = data->train_batch(1, 1, 0, kLetteredSequences, kLetteredSequences);
+  const Batch first = data->train_batch(1, 0, 0, kLetteredSequences, kLetteredSequences);
+  const Batch second = data->train_batch(1, 1, 0, kLetteredSequences, kLetteredSequences);
   CHECK_FALSE(at::equal(first.tokens_BL, second.tokens_BL));
   const std::vector<int64_t> tokens = values(first.tokens_BL), target = values(first.targets_BL);
   const std::vector<int64_t> document = values(first.document_BL);
@@ -205,7 +205,7 @@ TEST_CASE("another epoch has another order, and boundaries of documents are know
 TEST_CASE("similar documents of a text lie side by side, at random they do not") {
   const auto share = [](const std::string& composer) {
     const auto data = make_byte_dataset(two_kinds(60), 700, composer);  // documents of 300 bytes: two or three a sequence
-    const TokenBatch batch = data->train_batch(3, 0, 0, 25, 25);
+    const Batch batch = data->train_batch(3, 0, 0, 25, 25);
     return neighbours_in(batch.document_BL, batch.document_BL.remainder(2)).share();
   };
   CHECK(share("similarity") > 0.9);
@@ -218,7 +218,7 @@ TEST_CASE("Markov documents of one domain lie side by side where they are compos
     const auto data = make("markov", 256, {{"document_length", int64_t{32}}, {"composer", composer}});
     Neighbours all;
     for (int64_t step = 0; step < 10; ++step) {
-      const TokenBatch batch = data->train_batch(1, step, 0, 16, 16);
+      const Batch batch = data->train_batch(1, step, 0, 16, 16);
       const Neighbours some = neighbours_in(batch.document_BL, batch.domain_BL);
       all.alike += some.alike;
       all.all += some.all;
@@ -235,7 +235,7 @@ TEST_CASE("packed Markov sequences hold whole documents, each of a step once, wh
   const std::string composer = GENERATE("random", "similarity");
   const auto data = make("markov", 20, {{"document_length", int64_t{8}}, {"composer", composer}});
   const auto plain = make("markov", 20, {{"document_length", int64_t{8}}});
-  const TokenBatch whole = data->train_batch(4, 2, 0, 6, 6);
+  const Batch whole = data->train_batch(4, 2, 0, 6, 6);
   // 8 + 8 + 4 targets; the token before the first target is of the first document too.
   const Tensor place_BL = at::tensor({0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2}, at::kLong).expand({6, 20});
   const Tensor first_B3 = whole.document_BL.index_select(1, at::tensor({0, 9, 17}, at::kLong));

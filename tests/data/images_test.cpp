@@ -45,7 +45,7 @@ TEST_CASE("images keep their labels, the splits stay apart, and a batch depends 
   CHECK((data->shape().sample == std::vector<int64_t>{1, 2, 2} && data->shape().classes == 3 && data->vocabulary() == 0));
   CHECK((data->train_samples() == 120 && data->eval_sequences() == 9 && data->domains() == 0));
   CHECK_FALSE(data->token_counts_V().defined());
-  CHECK(std::isnan(data->bytes_per_token()));
+  CHECK(std::isnan(data->bytes_of(data->eval_batch(0, 1).targets_BL)));
   const Batch eval = data->eval_batch(0, 9);
   CHECK(values(eval.targets_BL) == std::vector<int64_t>{0, 1, 2, 0, 1, 2, 0, 1, 2});
   CHECK(at::equal(data->eval_batch(4, 2).values, eval.values.narrow(0, 4, 2)));

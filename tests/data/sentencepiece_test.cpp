@@ -109,7 +109,7 @@ TEST_CASE("validation predicts every piece once, after a line feed, and its byte
   write_text(folder.path() + "/text", wordy_text(12000));
   const auto data = make("bytes", 16, {{"path", folder.path() + "/text"}, {"tokenizer", std::string("sentencepiece")},
                                        {"vocabulary_size", int64_t{300}}, {"validation", 0.1}});
-  const TokenBatch all = data->eval_batch(0, data->eval_sequences());
+  const Batch all = data->eval_batch(0, data->eval_sequences());
   std::vector<int64_t> targets = values(all.targets_BL);
   CHECK(data->text_of({values(all.tokens_BL).front()}) == "\n");
   CHECK(data->bytes_of(all.targets_BL) == 1200);

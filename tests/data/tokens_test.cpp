@@ -62,7 +62,7 @@ TEST_CASE("a token file is read little-endian, and its end is held out") {
   CHECK(values(data->token_counts_V().narrow(0, 1000, 180)) == std::vector<int64_t>(180, 1));
   CHECK(data->token_counts_V().sum().item<int64_t>() == 180);
   CHECK(data->eval_sequences() == 3);
-  const TokenBatch eval = data->eval_batch(0, 3);
+  const Batch eval = data->eval_batch(0, 3);
   CHECK(values(eval.targets_BL.flatten().narrow(0, 0, 20)) == counted(1180, 20));
   CHECK(values(eval.targets_BL.flatten().narrow(0, 20, 4)) == std::vector<int64_t>(4, -1));
   CHECK(values(eval.tokens_BL.flatten().narrow(0, 0, 20)) == counted(1179, 20));  // the first follows training's last token

@@ -3,7 +3,8 @@
 
 #include "core/random.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
 
 namespace moelab::test {
 namespace {
@@ -18,6 +19,8 @@ LabelledImages drawn_images(const char* split, int64_t count) {
 const Registration<DatasetEntry> registration_test_images{{
     .name = "test_images",
     .title = "Noise in three classes",
+    .citation = "none",
+    .doc = "drawn, not photographed",
     .holds = DataKind::kImages,
     .make = [](const DatasetSpec&) { return make_image_dataset(drawn_images("train", 40), drawn_images("validation", 10), 3); },
 }};
