@@ -123,6 +123,8 @@ void check_expert_order(const Subject& subject) {
 
 std::string expert_order_not_applicable(const Subject& subject) {
   if (!subject.facts.permutation_equivariant) return "its choice is tied to the numbers of the experts, by its declared facts";
+  if (subject.facts.learned && kit_router(subject.entry, subject.variant, {})->per_expert_tensors().empty())
+    return "no row of its parameters belongs to one expert alone";
   const bool draws = subject.facts.noisy_in_training && subject.facts.random_in_eval;
   return draws ? "it draws in training and in evaluation, expert by expert" : "";
 }

@@ -75,7 +75,7 @@ class SigmoidTopk : public LinearRouter {
     const Tensor gate_TK = gather_choices(score_TE, choice_TK);
     RouteOutput out = finish_sparse(in, spec_, {choice_TK, gate_TK, gate_TK, {}}, loss_scores(logits, score_TE, select_TE));
     if (scale_ != 1) scale_gates(out);
-    if (bias_rate_ > 0) out.deltas["load"] = chosen_experts(choice_TK, spec_.max_experts, at::kDouble).sum(0);
+    if (bias_rate_ > 0 && in.training()) out.deltas["load"] = chosen_experts(choice_TK, spec_.max_experts, at::kDouble).sum(0);
     out.probes["scores"] = logits.clean_TE.sigmoid();
     return out;
   }
@@ -153,7 +153,7 @@ const Registration<RouterEntry> registration_sigmoid_topk{{
                     "the paper forms its loss per sequence (scope = \"sequence\")", "W starts at N(0, 0.02²)"},
     .verified_with = {{{"groups", int64_t{2}}, {"groups_kept", int64_t{1}}, {"k", int64_t{2}}},
                       {{"selection_bias", true}, {"bias_rate", 0.01}},
-                      {{"scale", 2.5}, {"renormalise", std::string("before_drop")}}},
+                      {{"scale", 2.5}}},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<SigmoidTopk>(spec); },
 }};
 

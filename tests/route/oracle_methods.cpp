@@ -87,6 +87,7 @@ Dual dynmoe_balance(const Decision& d, const std::vector<size_t>& of) {
 
 Arrays bias_after_step(const Layer& layer, const Inputs& in, const Rows& rows) {
   Array bias = in.arrays.at("router.bias");
+  if (!layer.train) return {{"router.bias", bias}};  // an evaluation moves nothing
   std::vector<double> load(layer.experts);
   for (const std::vector<int64_t>& choice : decide_sigmoid_topk(layer, in, rows).choice)
     for (const int64_t e : choice) load[e] += 1;
