@@ -2,6 +2,7 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 install(TARGETS moelab_library moelab_flags EXPORT moelabTargets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(TARGETS moelab_pieces LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(TARGETS moelab RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(DIRECTORY core trainers DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/moelab FILES_MATCHING PATTERN "*.h")
 target_compile_definitions(moelab_flags INTERFACE $<INSTALL_INTERFACE:MOELAB_VERSION="${PROJECT_VERSION}">)  # for core/plugin.h

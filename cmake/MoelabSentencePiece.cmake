@@ -9,7 +9,9 @@ if(EXISTS ${folder}/pkgconfig/sentencepiece.pc)
   string(REGEX REPLACE "^Version: *" "" SENTENCEPIECE_VERSION "${line}")
 endif()
 
-add_library(moelab_sentencepiece INTERFACE)
-target_include_directories(moelab_sentencepiece SYSTEM INTERFACE ${SENTENCEPIECE_INCLUDE_DIR})
-target_link_libraries(moelab_sentencepiece INTERFACE ${SENTENCEPIECE_TRAIN_LIBRARY} ${SENTENCEPIECE_LIBRARY})
-target_compile_definitions(moelab_sentencepiece INTERFACE MOELAB_SENTENCEPIECE_VERSION="${SENTENCEPIECE_VERSION}")
+# Loaded by dlmopen, see datasets/sentencepiece/library.h. No sanitizer: its runtime cannot be loaded into a second namespace.
+add_library(moelab_pieces MODULE datasets/sentencepiece/library.cpp)
+target_include_directories(moelab_pieces PRIVATE ${PROJECT_SOURCE_DIR})
+target_include_directories(moelab_pieces SYSTEM PRIVATE ${SENTENCEPIECE_INCLUDE_DIR})
+target_link_libraries(moelab_pieces PRIVATE ${SENTENCEPIECE_TRAIN_LIBRARY} ${SENTENCEPIECE_LIBRARY})
+set_target_properties(moelab_pieces PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR} CXX_VISIBILITY_PRESET hidden)

@@ -3,13 +3,13 @@
 #include "core/error.h"
 #include "core/io/files.h"
 #include "datasets/cache.h"
+#include "datasets/sentencepiece/library.h"
 
-#include <sentencepiece_processor.h>
-#include <sentencepiece_trainer.h>
-
+#include <dlfcn.h>
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <charconv>
 #include <filesystem>
 #include <optional>
@@ -19,33 +19,37 @@ namespace moelab {
 namespace {
 
 namespace fs = std::filesystem;
-namespace spm = ::sentencepiece;
-
 constexpr size_t kLongestSentence = 4096;         // bytes; the library counts characters of a word in 16 bits
 constexpr size_t kRememberedWords = size_t{1} << 20;
 constexpr std::string_view kVisibleSpace = "\xe2\x96\x81";  // U+2581, which the library writes for a space
 const char* const kPieceBytes = "<0x{:02X}>";               // and for a byte
 
-// Text goes through as it is: nothing is normalised, and every byte has a piece.
-std::unordered_map<std::string, std::string> training_settings(int64_t vocabulary) {
-  return {{"model_type", "bpe"},
-          {"vocab_size", std::to_string(vocabulary)},
-          {"byte_fallback", "true"},
-          {"normalization_rule_name", "identity"},
-          {"add_dummy_prefix", "false"},
-          {"remove_extra_whitespaces", "false"},
-          {"max_sentence_length", std::to_string(kLongestSentence)},
-          {"bos_id", "-1"},
-          {"eos_id", "-1"},
-          {"num_threads", "1"},
-          {"minloglevel", "2"}};
+class ReceivedBytes final : public PieceReceiver {
+ public:
+  void take(std::string_view bytes) noexcept override { bytes_ = bytes; }
+  const std::string& bytes() const { return bytes_; }
+
+ private:
+  std::string bytes_;
+};
+
+// Loaded with the first tokenizer, for as long as the program runs.
+const PieceLibrary& piece_library() {
+  static const PieceLibrary* const library = [] {
+    void* const loaded = ::dlmopen(LM_ID_NEWLM, MOELAB_PIECES_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+    void* const symbol = loaded ? ::dlsym(loaded, kPieceLibrarySymbol) : nullptr;
+    if (!symbol) usage_error(fmt::format("tokenizer = \"sentencepiece\" needs {} beside moelab's library: {}",
+                                         MOELAB_PIECES_LIBRARY, ::dlerror()));
+    return reinterpret_cast<const PieceLibrary* (*)()>(symbol)();
+  }();
+  return *library;
 }
 
 bool continues_character(char byte) { return (static_cast<uint8_t>(byte) & 0xc0) == 0x80; }
 
 // The end of the first sentence: behind its line feed, or, where a line is too long, before a space or at least between two
 // characters.
-size_t sentence_end(std::string_view text) {
+size_t sentence_end(std::string_view text) noexcept {
   const std::string_view start = text.substr(0, kLongestSentence);
   if (const size_t feed = start.find('\n'); feed != std::string_view::npos) return feed + 1;
   if (start.size() == text.size()) return text.size();
@@ -54,22 +58,6 @@ size_t sentence_end(std::string_view text) {
   while (end > start.size() - 4 && continues_character(text[end])) --end;
   return end;
 }
-
-class Sentences : public spm::SentenceIterator {
- public:
-  explicit Sentences(std::string_view text) : rest_(text) { Next(); }
-  bool done() const override { return sentence_.empty(); }
-  void Next() override {
-    sentence_ = rest_.substr(0, sentence_end(rest_));
-    rest_.remove_prefix(sentence_.size());
-  }
-  const std::string& value() const override { return sentence_; }
-  spm::util::Status status() const override { return {}; }
-
- private:
-  std::string_view rest_;
-  std::string sentence_;
-};
 
 // The whole number that follows `words` in `text`.
 std::optional<int64_t> number_after(std::string_view text, std::string_view words) {
@@ -93,11 +81,10 @@ std::optional<int64_t> number_after(std::string_view text, std::string_view word
 }
 
 std::string learned_model(std::string_view train, int64_t vocabulary) {
-  Sentences sentences(train);
-  std::string model;
-  const spm::util::Status status = spm::SentencePieceTrainer::Train(training_settings(vocabulary), &sentences, &model);
-  if (!status.ok()) refuse_vocabulary(vocabulary, status.error_message());
-  return model;
+  ReceivedBytes received;
+  if (!piece_library().learn({train, vocabulary, kLongestSentence, sentence_end}, received))
+    refuse_vocabulary(vocabulary, received.bytes());
+  return received.bytes();
 }
 
 std::string cache_key(std::string_view train, int64_t vocabulary) {
@@ -132,13 +119,13 @@ void remember_model(const std::string& folder, const std::string& key, const std
   sync_folder(folder);
 }
 
-std::string bytes_of_piece(const spm::SentencePieceProcessor& library, int token) {
-  if (library.IsUnknown(token)) return {};
-  const std::string& piece = library.IdToPiece(token);
-  if (library.IsByte(token)) return {static_cast<char>(std::stoi(piece.substr(3, 2), nullptr, 16))};
+std::string bytes_of_piece(const PieceModel& library, int token) {
+  if (library.is_unknown(token)) return {};
+  const std::string_view piece = library.piece(token);
+  if (library.is_byte(token)) return {static_cast<char>(std::stoi(std::string(piece.substr(3, 2)), nullptr, 16))};
   std::string bytes;
   for (size_t i = 0; i < piece.size();) {
-    const bool space = std::string_view(piece).substr(i).starts_with(kVisibleSpace);
+    const bool space = piece.substr(i).starts_with(kVisibleSpace);
     bytes += space ? ' ' : piece[i];
     i += space ? kVisibleSpace.size() : 1;
   }
@@ -169,25 +156,24 @@ SentencePieces SentencePieces::cached(std::string_view train, int64_t vocabulary
 }
 
 SentencePieces::SentencePieces(std::string model) : model_(std::move(model)) {
-  const auto library = std::make_shared<spm::SentencePieceProcessor>();
-  const spm::util::Status status = library->LoadFromSerializedProto(model_);
-  if (!status.ok()) refuse_model(first_line(status.error_message()));
-  const int pieces = library->GetPieceSize();
+  ReceivedBytes complaint;
+  library_ = {piece_library().load(model_, complaint), [](PieceModel* loaded) { if (loaded) loaded->release(); }};
+  if (!library_) refuse_model(first_line(complaint.bytes()));
+  const int pieces = library_->size();
   if (pieces < kLeastPieces || pieces > kMostPieces) refuse_model(fmt::format("it has {} pieces", pieces));
-  for (int token = 0; token < pieces; ++token) bytes_V_.push_back(bytes_of_piece(*library, token));
+  for (int token = 0; token < pieces; ++token) bytes_V_.push_back(bytes_of_piece(*library_, token));
   for (int byte = 0; byte < 256; ++byte) {
-    const int token = library->PieceToId(fmt::format(fmt::runtime(kPieceBytes), byte));
-    if (!library->IsByte(token)) refuse_model(fmt::format("it has no piece for byte {}", byte));
+    const int token = library_->token_of(fmt::format(fmt::runtime(kPieceBytes), byte));
+    if (!library_->is_byte(token)) refuse_model(fmt::format("it has no piece for byte {}", byte));
     token_of_byte_.push_back(static_cast<uint16_t>(token));
   }
-  library_ = library;
 }
 
 // What the library would not give back as it was (bytes that are no UTF-8, the sign that stands for a space) goes byte by byte.
 void SentencePieces::append_word(std::string_view word, std::vector<uint16_t>& to) const {
-  std::vector<int> tokens;
+  std::vector<int> tokens(word.size());  // no piece stands for less than a byte
   std::string back;
-  if (!library_->Encode(word, &tokens).ok()) tokens.clear();
+  tokens.resize(static_cast<size_t>(std::max<int64_t>(library_->encode(word, tokens.data(), tokens.size()), 0)));
   for (const int token : tokens) back += bytes_V_[static_cast<size_t>(token)];
   if (back == word) to.insert(to.end(), tokens.begin(), tokens.end());
   else for (const char byte : word) to.push_back(token_of_byte_[static_cast<uint8_t>(byte)]);

@@ -10,11 +10,9 @@
 #include <unordered_map>
 #include <vector>
 
-namespace sentencepiece {
-class SentencePieceProcessor;
-}
-
 namespace moelab {
+
+class PieceModel;
 
 class SentencePieces {
  public:
@@ -42,7 +40,7 @@ class SentencePieces {
   void append_word(std::string_view word, std::vector<uint16_t>& to) const;
 
   std::string model_;
-  std::shared_ptr<const sentencepiece::SentencePieceProcessor> library_;
+  std::shared_ptr<const PieceModel> library_;
   std::vector<std::string> bytes_V_;
   std::vector<uint16_t> token_of_byte_;  // [256]
 };

@@ -83,19 +83,21 @@ Order new_order(const KitLayer& layer) {
 
 struct Seen {
   Tensor y_TD, decision;
+  int64_t slots;  // of an expert
   std::vector<double> losses;
 };
 
 Seen seen_by(const KitLayer& layer, const RouteInput& in) {
   const at::NoGradGuard no_grad;
   const RouteOutput out = layer.route(in);
-  return {layer.run(out, in), decision_of_rows(out), loss_values(layer, in, out)};
+  const auto* soft = std::get_if<SoftPlan>(&out.plan);
+  return {layer.run(out, in), decision_of_rows(out), soft ? soft->slots_per_expert : 1, loss_values(layer, in, out)};
 }
 
-// The decision's columns are one or two blocks of one column per expert, where experts have one slot each.
-Tensor columns_in_order(const Tensor& decision, const Order& old_of_new) {
+// The decision's columns are one or two blocks of one column per expert, or of one per slot, expert by expert.
+Tensor columns_in_order(const Tensor& decision, const Order& old_of_new, int64_t slots) {
   const auto experts = static_cast<int64_t>(old_of_new.size());
-  const Tensor blocks = decision.reshape({decision.size(0), decision.size(1) / experts, experts});
+  const Tensor blocks = decision.reshape({decision.size(0), decision.size(1) / (experts * slots), experts, slots});
   return blocks.index_select(2, longs(old_of_new)).reshape_as(decision);
 }
 
@@ -111,8 +113,8 @@ void check_expert_order(const Subject& subject) {
     permute_experts(layer, order);
     const Seen after = seen_by(layer, in);
     must_agree(after.y_TD, before.y_TD, 1e-10, "output after experts have changed places", at);
-    must_agree(after.decision, columns_in_order(before.decision, order), 1e-10, "decisions after experts have changed places",
-               at);
+    must_agree(after.decision, columns_in_order(before.decision, order, before.slots), 1e-10,
+               "decisions after experts have changed places", at);
     for (size_t i = 0; i < before.losses.size(); ++i)
       must(std::abs(after.losses[i] - before.losses[i]) <= 1e-9 * (1 + std::abs(before.losses[i])),
            fmt::format("loss {} is {:.9g} after experts have changed places, and {:.9g} before", layer.site.losses[i].label,
@@ -123,8 +125,6 @@ void check_expert_order(const Subject& subject) {
 
 std::string expert_order_not_applicable(const Subject& subject) {
   if (!subject.facts.permutation_equivariant) return "its choice is tied to the numbers of the experts, by its declared facts";
-  if (subject.facts.learned && kit_router(subject.entry, subject.variant, {})->per_expert_tensors().empty())
-    return "no row of its parameters belongs to one expert alone";
   const bool draws = subject.facts.noisy_in_training && subject.facts.random_in_eval;
   return draws ? "it draws in training and in evaluation, expert by expert" : "";
 }

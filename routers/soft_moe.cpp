@@ -61,9 +61,9 @@ class SoftMoeRouter : public Router {
     return facts;
   }
 
-  // With several slots an expert has no single row of phi.
+  // Slots of one expert follow each other.
   std::vector<Tensor> per_expert_tensors() const override {
-    return slots_ == 1 ? std::vector<Tensor>{phi_SD_} : std::vector<Tensor>{};
+    return {phi_SD_.view({spec_.max_experts, slots_, spec_.width})};
   }
 
   RouteOutput route(const RouteInput& in, RouteState&) const override {

@@ -30,6 +30,13 @@ Tensor usable_gradient(const Tensor& parameter) {
   return gradient.defined() ? gradient.contiguous() : at::zeros_like(parameter);
 }
 
+// What the slice is of the parameter, of a tensor laid out alike (a moment): stacked rows may be a view of the parameter.
+Tensor same_part(const Tensor& tensor, const ExpertBank::Slice& slice) {
+  const Tensor part = slice.view();
+  return tensor.as_strided(part.sizes(), part.strides(), part.storage_offset() - slice.stacked.storage_offset() +
+                                                             tensor.storage_offset());
+}
+
 struct SavedSlice {
   Tensor live;
   Tensor copy;
@@ -47,9 +54,9 @@ Optimizer::Optimizer(const OptimizerSettings& settings, std::vector<NamedTensor>
   }
 }
 
-Optimizer::Entry& Optimizer::entry_of(const Tensor& parameter) {
+Optimizer::Entry& Optimizer::entry_of(const Tensor& stacked) {
   for (Entry& entry : entries_)
-    if (entry.parameter.is_same(parameter)) return entry;
+    if (entry.parameter.is_alias_of(stacked)) return entry;
   check_invariant(false, "surgery on a parameter that the optimiser does not know");
   return entries_.front();
 }
@@ -67,7 +74,7 @@ void Optimizer::step(double lr, const std::vector<ExpertBank::Slice>& untouched)
   for (const ExpertBank::Slice& slice : untouched) {
     Entry& entry = entry_of(slice.stacked);
     for (const Tensor& tensor : {entry.parameter, entry.first, entry.second})
-      if (tensor.defined()) saved.push_back({tensor.select(0, slice.slot), tensor.select(0, slice.slot).clone()});
+      if (tensor.defined()) saved.push_back({same_part(tensor, slice), same_part(tensor, slice).clone()});
   }
   for (const auto& [group, entries] : active_groups()) {
     if (settings_.name == "adamw") update_adamw(entries, lr);
@@ -108,15 +115,15 @@ void Optimizer::reset_slice(const ExpertBank::Slice& slice) {
   const at::NoGradGuard no_grad;
   Entry& entry = entry_of(slice.stacked);
   for (const Tensor& moment : {entry.first, entry.second})
-    if (moment.defined()) moment.select(0, slice.slot).zero_();
+    if (moment.defined()) same_part(moment, slice).zero_();
 }
 
 void Optimizer::copy_slice(const ExpertBank::Slice& from, const ExpertBank::Slice& to) {
   const at::NoGradGuard no_grad;
   const Entry& source = entry_of(from.stacked);
   const Entry& target = entry_of(to.stacked);
-  target.first.select(0, to.slot).copy_(source.first.select(0, from.slot));
-  if (source.second.defined()) target.second.select(0, to.slot).copy_(source.second.select(0, from.slot));
+  same_part(target.first, to).copy_(same_part(source.first, from));
+  if (source.second.defined()) same_part(target.second, to).copy_(same_part(source.second, from));
 }
 
 std::vector<NamedTensor> Optimizer::state() const {

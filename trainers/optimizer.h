@@ -40,7 +40,7 @@ class Optimizer {
   };
   using Group = std::pair<double, double>;  // (lr scale, weight decay): the fused kernel takes one of each per call
 
-  Entry& entry_of(const Tensor& parameter);
+  Entry& entry_of(const Tensor& stacked);  // of the parameter that it is, or is a view of
   std::map<Group, std::vector<Entry*>> active_groups();
   void update_adamw(const std::vector<Entry*>& entries, double lr);
   void update_sgd(const std::vector<Entry*>& entries, double lr);

@@ -37,6 +37,22 @@ TEST_CASE("a classifier of images learns its training images by heart") {
   CHECK(trainer.last_window().metrics().at("loss") < 0.2);  // ln 3 = 1.1 at the start
 }
 
+// What belongs to an expert are columns of the one's parameter, and several rows of the other's.
+TEST_CASE("experts that are not there stay as they are, with their part of the router, while the others learn") {
+  const std::string router = GENERATE("domain", "soft_moe");
+  CAPTURE(router);
+  std::vector<std::string> set{"train.steps=4", "moe.experts=4", "moe.max_experts=6"};
+  for (const char* option : {router == "domain" ? "hard=false" : "slots_per_expert=2", router == "domain" ? "domains=8" : "normalise=false"})
+    set.push_back(std::string("moe.router.") + option);
+  const Experiment e = tiny_classifier("mlp", router, set);
+  const auto rows = [&] { return e.model->sites().front()->router->per_expert_tensors().front().detach().clone(); };
+  const Tensor before = rows();
+  trainer_of(e).run();
+  const Tensor moved_E = rows().ne(before).flatten(1).any(1);
+  CHECK(moved_E.slice(0, 0, 4).all().item<bool>());
+  CHECK_FALSE(moved_E.slice(0, 4).any().item<bool>());
+}
+
 TEST_CASE("the evaluation of a classifier does not depend on its batches or on the ranks that share it") {
   const std::string model = GENERATE("patches", "mlp");
   const auto evaluation = [&](int64_t batch, int ranks) {

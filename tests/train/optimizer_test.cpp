@@ -150,6 +150,24 @@ TEST_CASE("surgery clears the moments of one slice and no other") {
   }
 }
 
+// An expert's part may be a column of a parameter, as in a matrix [labels, experts] that is given transposed.
+TEST_CASE("a slice of a view is that part of the parameter and of its moments") {
+  const Parameters parameters;
+  Optimizer optimizer({}, parameters.list);
+  parameters.draw_gradients(1);
+  optimizer.step(0.1);
+  const Tensor weight_RE = parameters.list[3].tensor;
+  const Tensor before = weight_RE.detach().clone();
+  optimizer.reset_slice({weight_RE.t(), 1});
+  const Tensor moment = copies_of(optimizer.state()).at("m.layers.0.moe.router.weight");
+  CHECK(moment.select(1, 1).abs().max().item<double>() == 0);
+  CHECK(moment.select(1, 0).abs().min().item<double>() > 0);
+  parameters.draw_gradients(2);
+  optimizer.step(0.1, {{weight_RE.t(), 1}});
+  CHECK(at::equal(weight_RE.select(1, 1), before.select(1, 1)));
+  CHECK((weight_RE.select(1, 0) != before.select(1, 0)).all().item<bool>());
+}
+
 // Peak 2, four steps of warm-up, twelve in all, down to half.
 TEST_CASE("the schedule warms up linearly and falls along a cosine") {
   const ScheduleSettings cosine{4, "cosine", 0.5};
