@@ -29,6 +29,9 @@ void record_assignment(RoutingRecord& record, const Assignment& assignment) {
   record.accepted_E = pairs_per_expert(assignment.choice_TK, assignment.kept_TK, record.experts);
   record.left_behind = record.rows - assignment.kept_TK.any(1).sum().item<int64_t>();
   record.dropped = assignment.dropped_TK.sum().item<int64_t>();
+  if (competed_TK.size(1) == 0) return;
+  record.first_chosen = competed_TK.select(1, 0).sum().item<int64_t>();
+  record.first_dropped = assignment.dropped_TK.select(1, 0).sum().item<int64_t>();
 }
 
 template <class Number>
@@ -67,7 +70,8 @@ std::vector<int64_t*> integers_of(RoutingRecord& record) {
   for (int64_t& count : record.active_E) all.push_back(&count);
   for (int64_t& count : record.chosen_E) all.push_back(&count);
   for (int64_t& count : record.accepted_E) all.push_back(&count);
-  for (int64_t* count : {&record.rows, &record.left_behind, &record.dropped, &record.places, &record.entropy_rows})
+  for (int64_t* count : {&record.rows, &record.left_behind, &record.dropped, &record.first_chosen, &record.first_dropped,
+                         &record.places, &record.entropy_rows})
     all.push_back(count);
   return all;
 }
@@ -107,6 +111,7 @@ void add_load_metrics(std::map<std::string, double>& metrics, const std::vector<
   metrics["min_over_mean"] = *least / mean;
   metrics["load_entropy"] = normalised(entropy, counts_E.size());
   metrics["effective_experts"] = std::exp(entropy);
+  metrics["inverse_simpson"] = counts_E.size() / (1 + metrics["load_cv2"]);
 }
 
 void add_sparse_metrics(std::map<std::string, double>& metrics, const RoutingRecord& record) {
@@ -114,7 +119,10 @@ void add_sparse_metrics(std::map<std::string, double>& metrics, const RoutingRec
   const std::vector<int64_t> chosen_A = active_only(record.chosen_E, record);
   add_load_metrics(metrics, chosen_A);
   metrics["dead"] = std::count(chosen_A.begin(), chosen_A.end(), 0);
+  metrics["dead_share"] = ratio(metrics["dead"], chosen_A.size());
   metrics["dropped"] = ratio(record.dropped, pairs_in(chosen_A));
+  metrics["dropped_first"] = ratio(record.first_dropped, record.first_chosen);
+  metrics["dropped_later"] = ratio(record.dropped - record.first_dropped, pairs_in(chosen_A) - record.first_chosen);
   metrics["left_behind"] = ratio(record.left_behind, record.rows);
   metrics["capacity_used"] = ratio(pairs_in(record.accepted_E), record.places);
 }
@@ -141,6 +149,8 @@ void RoutingRecord::add(const RoutingRecord& other) {
   rows += other.rows;
   left_behind += other.left_behind;
   dropped += other.dropped;
+  first_chosen += other.first_chosen;
+  first_dropped += other.first_dropped;
   places += other.places;
   entropy_sum += other.entropy_sum;
   entropy_rows += other.entropy_rows;
@@ -193,8 +203,12 @@ const std::vector<MetricDoc>& metric_docs() {
       {"min_over_mean", "min c/mean c", "0 … 1", "near 0: an expert starves [B7]"},
       {"load_entropy", "-Σ f ln f/ln E", "ln k/ln E … 1", "evenness of the load; 1 for E = 1 [B9]"},
       {"effective_experts", "exp(-Σ f ln f)", "k … E", "how many evenly loaded experts would be as uneven [B10]"},
-      {"dead", "#{e: c_e = 0}", "0 … E-k", "active experts that no row chose in this window [B11]"},
+      {"inverse_simpson", "1/Σ f²", "k … E", "the same by the sum of squares: E/(1 + load_cv2) [B10]"},
+      {"dead", "#{e: c_e = 0}", "0 … E-k", "active experts that no row chose in this window"},
+      {"dead_share", "#{e: c_e = 0}/E", "0 … (E-k)/E", "the same as a share of the active experts [B11]"},
       {"dropped", "(Σc - Σa)/Σc", "0 … 1", "share of pairs that did not fit [B14]"},
+      {"dropped_first", "of first choices", "0 … 1", "share of the rows' first choices that did not fit [B14, rank 1]"},
+      {"dropped_later", "of the others", "0 … 1", "share of all later choices that did not fit [B14, ranks 2 … k]"},
       {"left_behind", "#{t without accepted expert}/T", "0 … 1", "share of rows that the layer passes by [B15]"},
       {"capacity_used", "Σa/ΣC", "0 … 1", "share of places filled; not a number without a capacity [B16]"},
       {"weight_max_over_mean", "max w/mean w", "1 … E", "of plans that mix all experts: the heaviest expert against an even share"},

@@ -21,6 +21,8 @@ struct RoutingRecord {
   int64_t rows = 0;
   int64_t left_behind = 0;          // rows without any accepted expert
   int64_t dropped = 0;              // pairs that did not fit
+  int64_t first_chosen = 0;         // pairs that are their row's first choice, before the capacity
+  int64_t first_dropped = 0;        // of those, the ones that did not fit
   int64_t places = 0;               // Σ capacity; 0 = no capacity
   double entropy_sum = 0;           // Σ_t H(p_t) in nats
   int64_t entropy_rows = 0;         // 0 where the router has no probabilities
@@ -34,8 +36,8 @@ struct RoutingRecord {
 RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t experts, const Tensor& active_E = {});
 
 // Ratios of a record over the experts that were active at some time (E is their number): load_cv2, max_violation,
-// max_over_mean, min_over_mean, load_entropy (normalised), effective_experts, dead (count), dropped (share of pairs),
-// left_behind (share of rows), capacity_used, weight_max_over_mean, weight_effective_experts, router_entropy (normalised). What
+// max_over_mean, min_over_mean, load_entropy (normalised), effective_experts, inverse_simpson, dead (count), dead_share, dropped
+// (share of pairs), dropped_first and dropped_later (share of first and of later choices), left_behind (share of rows), capacity_used, weight_max_over_mean, weight_effective_experts, router_entropy (normalised). What
 // cannot be formed (no rows, no capacity, no mixture) is NaN.
 std::map<std::string, double> metrics_of(const RoutingRecord& record);
 

@@ -58,11 +58,35 @@ void refuse_unread_keys(const Table& table, const Options& own, const Options& m
                                  : fmt::format("'{}' is not read without a `mode`; write mode = \"factor\" or another", key.name));
 }
 
+// A method with a fixed number of choices has no option `k`; who writes that number all the same is right.
+bool names_fixed_k(const Table& router, const RouterEntry& entry) {
+  const auto is_k = [](const OptionSpec& spec) { return spec.name == "k"; };
+  const bool own = std::any_of(entry.options.begin(), entry.options.end(), is_k);
+  if (own || entry.facts.fixed_k == 0 || !router.has("k")) return false;
+  const int64_t k = router.options({option("k", 0, "experts per row")}, router.keys()).integer("k");
+  if (k != entry.facts.fixed_k)
+    router.fail("k", fmt::format("k = {}, but router '{}' chooses {} of each row's experts always", k, entry.name, entry.facts.fixed_k));
+  return true;
+}
+
+void refuse_unread_noise(const Table& noise, const RouterEntry& entry, NoiseSpec::Kind kind) {
+  const bool asked = kind == NoiseSpec::Kind::kNormal || kind == NoiseSpec::Kind::kJitter;
+  if (!asked || entry.facts.has_scores || entry.facts.plan != PlanForm::kSparse) return;
+  noise.fail("kind", fmt::format("router '{}' has no logits that noise could change; use \"none\"", entry.name));
+}
+
+void refuse_unread_capacity(const Table& capacity, const RouterEntry& entry, const CapacityPolicy& policy) {
+  if (entry.facts.plan == PlanForm::kSparse || policy.mode == CapacityPolicy::Mode::kNone) return;
+  capacity.fail("mode", fmt::format("router '{}' drops nothing, a {} plan has no capacity; use \"none\"", entry.name,
+                                    to_string(entry.facts.plan)));
+}
+
 void read_capacity(const Table& table, const RouterEntry& entry, RouterSpec& spec) {
   const CapacityPolicy& paper = entry.paper_capacity;
   const Options train = table.options(capacity_options(), {"eval"});
   refuse_unread_keys(table, train, train, entry.facts);
   spec.train_capacity = capacity_policy(train, paper);
+  refuse_unread_capacity(table, entry, spec.train_capacity);
   const Table eval = table.child("eval");
   if (!eval.present()) return;  // evaluation without a table of its own drops nothing
   Options merged = train;
@@ -71,6 +95,7 @@ void read_capacity(const Table& table, const RouterEntry& entry, RouterSpec& spe
     if (own.was_set(key.name)) merged.set(key, own.all().at(key.name));
   refuse_unread_keys(eval, own, merged, entry.facts);
   spec.eval_capacity = capacity_policy(merged, paper);
+  refuse_unread_capacity(eval, entry, spec.eval_capacity);
 }
 
 LossScope scope_of_loss(const std::string& word) {
@@ -149,13 +174,15 @@ int64_t read_vocabulary(const Table& router, const Options& options, int64_t mod
 
 RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec spec) {
   const Table table = moe.child("router");
-  spec.options = table.options(with_name(entry.options));
+  const std::vector<std::string> read = names_fixed_k(table, entry) ? std::vector<std::string>{"k"} : std::vector<std::string>{};
+  spec.options = table.options(with_name(entry.options), read);
   refuse_impossible_k(table, spec.options, spec.experts);
   spec.vocabulary = read_vocabulary(table, spec.options, spec.vocabulary);
   if (entry.facts.needs_token_ids && spec.vocabulary == 0)
     table.fail("name", fmt::format("router '{}' needs token ids, which this model does not have{}", entry.name,
                                    spec.options.declared("vocabulary") ? "; `vocabulary` says how many there are" : ""));
   spec.noise = noise_spec(moe.child("noise").options(noise_options()));
+  refuse_unread_noise(moe.child("noise"), entry, spec.noise.kind);
   read_capacity(moe.child("capacity"), entry, spec);
   return spec;
 }

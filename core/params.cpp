@@ -28,6 +28,7 @@ std::string range_text(const OptionSpec& spec) {
 void check_range(const OptionSpec& spec, double value) {
   if (std::isnan(value) || value < spec.min || value > spec.max)
     usage_error(fmt::format("'{}' is {}, but must be {}", spec.name, value, range_text(spec)));
+  if (std::isinf(value)) usage_error(fmt::format("'{}' is {}, but must be finite", spec.name, value));
 }
 
 void check_choice(const OptionSpec& spec, const std::string& value) {
@@ -97,6 +98,12 @@ OptionSpec OptionSpec::as_paths() const {
 OptionSpec OptionSpec::in_steps() const {
   OptionSpec spec = *this;
   spec.steps = true;
+  return spec;
+}
+
+OptionSpec OptionSpec::as_rows_of(const std::string& tensor) const {
+  OptionSpec spec = *this;
+  spec.rows_of = tensor;
   return spec;
 }
 

@@ -23,6 +23,7 @@ struct OptionSpec {
   std::vector<std::string> choices = {};  // strings only; empty means any
   enum class Paths { kNone, kOne, kList } paths = Paths::kNone;  // strings only: files, the list separated by commas
   bool steps = false;  // integers only: counts optimiser steps, so a stage of the method begins or ends there
+  std::string rows_of = {};  // integers only: the plugin's tensor that has so many rows; who gives the tensor need not say it
 
   OptionSpec at_least(double low) const;
   OptionSpec between(double low, double high) const;
@@ -30,6 +31,7 @@ struct OptionSpec {
   OptionSpec as_path() const;   // relative to the folder of the file that says it, or else to the working folder
   OptionSpec as_paths() const;  // several of them
   OptionSpec in_steps() const;
+  OptionSpec as_rows_of(const std::string& tensor) const;
 };
 
 // option("k", 2, "experts per row").at_least(1)

@@ -49,7 +49,8 @@ void add_end_step(RouteResults& results, const MoELayer& layer, const RouteOutpu
   add_state(results, "after.router.", tensors_of(router), {});
 }
 
-RouteResults route_tensors(const Table& root, RouteFile& file, const RouteArguments& arguments) {
+RouteResults route_tensors(const Table& config, RouteFile& file, const RouteArguments& arguments) {
+  const Table root = with_sizes_of(config, file);
   const auto layer = make_route_layer(root, file.width(), file.x().scalar_type());
   check_inputs(file, *layer);
   const std::set<std::string> without_axis = replace_tensors(file, *layer);

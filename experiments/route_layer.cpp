@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <fmt/format.h>
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <set>
 
 namespace moelab {
 namespace {
@@ -172,8 +174,28 @@ Tensor order_of_kept(const RouteFile& file, const Tensor& order_T, const Tensor&
   return ordered_T.index_select(0, ordered_T.ge(0).nonzero().squeeze(1));
 }
 
+// Different ids, in the order of their first row.
+std::vector<int64_t> ids_in_order(const Tensor& id_T) {
+  std::vector<int64_t> ids;
+  std::set<int64_t> seen;
+  for (int64_t t = 0; t < id_T.numel(); ++t)
+    if (const int64_t id = id_T.const_data_ptr<int64_t>()[t]; seen.insert(id).second) ids.push_back(id);
+  return ids;
+}
+
+// One draw per sequence: IN may give them for the sequences that have rows left, or for all of its own. Returns which to take.
+Tensor draws_of_kept_sequences(const RouteInput& in, RouteFile& file) {
+  const std::vector<int64_t> kept = ids_in_order(in.sequence_key_T);
+  const std::vector<int64_t> all = file.has("sequence_ids") ? ids_in_order(file.find("sequence_ids")) : kept;
+  const bool for_all = file.has("noise") && file.find("noise").numel() == std::ssize(all);
+  file.set_size("sequences", for_all ? std::ssize(all) : std::ssize(kept));
+  std::vector<int64_t> index;
+  for (const int64_t id : kept) index.push_back(std::find(all.begin(), all.end(), id) - all.begin());
+  return for_all ? at::tensor(index, at::kLong) : at::arange(in.sequences, at::kLong);
+}
+
 void fill_noise(RouteInput& in, RouteFile& file, const Router& router, const Tensor& index_T) {
-  file.set_size("sequences", in.sequences);
+  const Tensor sequence_B = draws_of_kept_sequences(in, file);
   file.set_size("positions", in.rows() == 0 ? 0 : in.position_T.max().item<int64_t>() + 1);
   if (file.has("noise") && uses_noise(router, in.mode)) {
     const AcceptedTensor accepted = accepted_noise(router, in.mode);
@@ -181,6 +203,7 @@ void fill_noise(RouteInput& in, RouteFile& file, const Router& router, const Ten
     in.noise = file.find("noise");
     if (accepted.kind == TensorKind::kPermutation) in.noise = order_of_kept(file, in.noise, index_T);
     else if (shape.front() == "T") in.noise = in.noise.index_select(0, index_T);
+    else if (shape.front() == "sequences") in.noise = in.noise.index_select(0, sequence_B);
   }
   if (!file.has("noise.capacity") || !uses_capacity_noise(router, in.mode)) return;
   file.check(accepted_capacity_noise(router));
@@ -201,6 +224,21 @@ RouteSettings read_route_settings(const Table& root) {
       option("seed", 0, "of initial values and draws that IN does not give"),
   });
   return {options.integer("step"), options.integer("total_steps"), options.integer("pass"), options.integer("seed")};
+}
+
+Table with_sizes_of(const Table& root, const RouteFile& file) {
+  const Table router = root.child("moe").child("router");
+  if (!router.has("name")) return root;
+  const std::string name = router.options({option("name", "", "which plugin")}, router.keys()).text("name");
+  if (!Registry<RouterEntry>::instance().contains(name)) return root;
+  Table sized = root;
+  for (const OptionSpec& spec : Registry<RouterEntry>::instance().find(name).options) {
+    const std::string tensor = "router." + spec.rows_of;
+    if (spec.rows_of.empty() || router.has(spec.name) || !file.has(tensor) || file.find(tensor).dim() == 0) continue;
+    const std::string text = fmt::format("[moe.router]\n{} = {}\n", spec.name, file.find(tensor).size(0));
+    sized = sized.overlaid(parse_config(text, file.path()));
+  }
+  return sized;
 }
 
 std::unique_ptr<MoELayer> make_route_layer(const Table& root, int64_t width, at::ScalarType dtype) {

@@ -22,6 +22,9 @@ struct RouteSettings {
 };
 RouteSettings read_route_settings(const Table& root);
 
+// The config with the sizes that IN's tensors have where it names none: labels of a matrix [domains,E], lines of a table.
+Table with_sizes_of(const Table& root, const RouteFile& file);
+
 // With initial values, drawn as for the block 0 of a model of this seed.
 std::unique_ptr<MoELayer> make_route_layer(const Table& root, int64_t width, at::ScalarType dtype);
 

@@ -215,7 +215,8 @@ const Registration<RouterEntry> registration_base{{
                        "lowest indices, or T mod E experts from step mod E on")
                     .one_of({"best", "lowest", "rotate"}),
                 option("eval", "greedy", "evaluation takes the argmax of s, or of s - prices")
-                    .one_of({"greedy", "greedy_with_prices"})},
+                    .one_of({"greedy", "greedy_with_prices"}),
+                renormalise_option("none")},
     .noise_shape = "int64 permutation [T], with shuffle: the rows in the order of their places",
     .probes = {{"logits", "[T,E]", "s"}, {"probs", "[T,E]", "softmax of s; the gates are σ(s)"},
                {"gap", "[1]", "dual bound minus value on the grid, in the scores' units; 0 = proven best; training only"}},

@@ -24,7 +24,9 @@ constexpr double kAbsentLogit = -1e9;  // probability exactly 0, as in linear ro
 
 class DomainRouter : public Router {
  public:
-  explicit DomainRouter(const RouterSpec& spec) : Router(spec), domains_(spec.options.integer("domains")) {
+  explicit DomainRouter(const RouterSpec& spec)
+      : Router(spec), domains_(spec.options.integer("domains")),
+        bounded_(!spec.options.flag("hard") || spec.options.was_set("domains")) {
     require_k_fits(spec);
     if (spec.options.flag("hard")) return;
     const Tensor initial_RE = normal_tensor(spec.init.with("weight"), {domains_, spec.max_experts}, 0.02, spec.dtype);
@@ -57,7 +59,7 @@ class DomainRouter : public Router {
                               in.mode == Mode::kDecode ? "while decoding" : "in this batch"));
     if (in.rows() == 0) return in.domain_T;
     const int64_t low = in.domain_T.min().item<int64_t>(), high = in.domain_T.max().item<int64_t>();
-    if (low < 0 || high >= domains_)
+    if (low < 0 || (bounded_ && high >= domains_))
       usage_error(fmt::format("domain label {} is outside 0 … {}; [moe.router] domains says how many there are",
                               low < 0 ? low : high, domains_ - 1));
     return in.domain_T;
@@ -79,6 +81,7 @@ class DomainRouter : public Router {
   }
 
   int64_t domains_;
+  bool bounded_;      // a hard choice has an expert for every label
   Tensor weight_RE_;  // R domains; undefined where the choice is hard
 };
 
@@ -90,7 +93,7 @@ const Registration<RouterEntry> registration_domain{{
     .facts = {.learned = false, .needs_domain = true, .differentiable_gate = false, .permutation_equivariant = false,
               .decodes = false, .has_scores = false},
     .options = {option("hard", true, "the label is the choice; false: learned from the label"),
-                option("domains", 8, "labels are 0 … domains-1").at_least(1),
+                option("domains", 8, "labels are 0 … domains-1; a hard choice knows a bound only where it is given").at_least(1).as_rows_of("weight"),
                 k_option(1), renormalise_option("none")},
     .probes = {{"logits", "[T,E]", "weight[d], where learned"}, {"probs", "[T,E]", "softmax of them"}},
     .differences = {"evaluation reads the label too, where the paper mixes experts by an estimate of it (hard)",

@@ -215,7 +215,7 @@ const Registration<RouterEntry> registration_expert_choice{{
                     .one_of({"scope", "sequence", "micro", "time_step"}),
                 option("eval", "choice", "evaluation chooses as training does, or by each expert's running threshold")
                     .one_of({"choice", "thresholds"}),
-                option("threshold_rate", 0.1, "of the running thresholds").between(0, 1)},
+                option("threshold_rate", 0.1, "of the running thresholds").between(0, 1), renormalise_option("none")},
     .paper_capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1, .round = CapacityPolicy::Round::kRound},
     .noise_shape = "normal [T,E]",
     .probes = {{"logits", "[T,E]", "W x, without noise"}, {"probs", "[T,E]", "softmax of them over experts"}},

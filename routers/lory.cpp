@@ -214,7 +214,9 @@ const Registration<RouterEntry> registration_lory{{
                     .one_of({"uniform", "own_stopgrad"}),
                 option("first_segment_eval", "same", "the same in evaluation, where only uniform is causal")
                     .one_of({"same", "uniform"}),
-                option("eval", "segments", "evaluation by segments, or one mixture from the mean of the whole prompt")
+                option("eval", "segments",
+                       "evaluation by segments, or one mixture from the mean of the whole prompt (for generation and `moelab "
+                       "route`: the loss of a causal model would see the future)")
                     .one_of({"segments", "prompt"}),
                 option("warmup_steps", 0, "steps with expert 0 alone, the dense model; then all experts become its copies")
                     .at_least(0).in_steps()},

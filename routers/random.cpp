@@ -56,7 +56,7 @@ const Registration<RouterEntry> registration_random{{
     .facts = {.learned = false, .noisy_in_training = true, .random_in_eval = true, .differentiable_gate = false,
               .permutation_equivariant = false,
               .has_scores = false},
-    .options = {k_option(1)},
+    .options = {k_option(1), renormalise_option("none")},
     .noise_shape = "int64 expert [T] ([T,k] with k > 1)",
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<RandomRouter>(spec); },
 }};

@@ -188,8 +188,9 @@ const Registration<RouterEntry> registration_stablemoe{{
          option("distilled", "word", "the distilled router reads the token, or a causal window of 5 tokens")
              .one_of({"word", "cnn"}),
          option("distill_dim", 50, "width of the distilled router's embedding").at_least(1),
-         option("vocabulary", 0, "token ids that the embedding has rows for; 0 = the data's").at_least(0),
-         option("eval_router", "distilled", "who decides in evaluation while stage 1 lasts").one_of({"distilled", "main"})},
+         option("vocabulary", 0, "token ids that the embedding has rows for; 0 = the data's").at_least(0).as_rows_of("embedding"),
+         option("eval_router", "distilled", "who decides in evaluation while stage 1 lasts").one_of({"distilled", "main"}),
+         renormalise_option("none")},
     .paper_losses = {{"stablemoe_balance", 0.3}, {"distillation", 1}},
     .paper_capacity = {.mode = CapacityPolicy::Mode::kFactor,
                        .factor = 2,

@@ -35,6 +35,7 @@ const Registration<RouterEntry> registration_switch{{
     .citation = "Fedus, Zoph, Shazeer, 2021, arXiv:2101.03961",
     .equation = "p = softmax(W(x ∘ u)), u ~ U[1-ε, 1+ε];  a = argmax p;  y = p_a · f_a(x)",
     .facts = {.noisy_in_training = true, .fixed_k = 1},
+    .options = {renormalise_option("none")},
     .paper_losses = {{"balance", 0.01, {{"counts", std::string("first_choice")}, {"probabilities", std::string("noisy")}}}},
     .paper_capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1.25},
     .noise_shape = "uniform(0,1) [T,D]",

@@ -163,7 +163,7 @@ const Registration<RouterEntry> registration_thor{{
                     .one_of({"random", "ensemble", "fixed", "averaged"}),
                 option("inference_granularity", "token", "inference = random: rows that share a draw")
                     .one_of({"token", "position", "sequence"}),
-                option("fixed_expert", 0, "inference = fixed: which expert").at_least(0)},
+                option("fixed_expert", 0, "inference = fixed: which expert").at_least(0), renormalise_option("none")},
     .noise_shape = "int64 expert [1], [sequences], [positions] or [T], by granularity",
     .differences = {"the paper describes a pair of experts per layer; by default both passes draw from all experts and may "
                     "agree, as in the authors' code",

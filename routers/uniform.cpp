@@ -33,7 +33,7 @@ const Registration<RouterEntry> registration_uniform{{
     .equation = "choices of position t: t mod E, …, (t+k-1) mod E;  gate = 1/k",
     .facts = {.learned = false, .differentiable_gate = false, .permutation_equivariant = false,
               .has_scores = false},
-    .options = {k_option(1)},
+    .options = {k_option(1), renormalise_option("none")},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<UniformRouter>(spec); },
 }};
 

@@ -47,7 +47,7 @@ struct EvalSums {
     int64_t rows = 0;
     for (const LossStatistics& part : per_scope) rows += part.rows;
     const double value = local_value(term, per_scope, *sites[key.site]->router).item<double>();
-    locals[key].value += value * (term.loss->reduces_by_sum() ? 1 : static_cast<double>(rows));
+    locals[key].value += value * (adds_up(term) ? 1 : static_cast<double>(rows));
     locals[key].rows += rows;
   }
 
@@ -98,7 +98,7 @@ struct EvalSums {
     const auto local = locals.find(key);
     if (local == locals.end()) return 0;  // an evaluation of no sequence
     const auto& [value, rows] = local->second;
-    return term.loss->reduces_by_sum() ? value : value / static_cast<double>(std::max<int64_t>(1, rows));
+    return adds_up(term) ? value : value / static_cast<double>(std::max<int64_t>(1, rows));
   }
 
   TermReading reading(const TermKey& key) const {

@@ -157,7 +157,7 @@ class Step {
     for (const LossStatistics& part : found.per_scope) rows += part.rows;
     const LossTerm& term = term_at(sites_, key);
     const Tensor value = local_value(term, found.per_scope, *sites_[key.site]->router);
-    const double weight = row_weight(*term.loss, rows, rows_);
+    const double weight = row_weight(term, rows, rows_);
     result_.terms[key.site][key.term].value += value.item<double>() * weight * share();
     return scale == 0 ? loss : loss.add(value, scale * weight);
   }

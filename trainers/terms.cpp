@@ -51,8 +51,10 @@ TermKey pool_head(const std::vector<Site*>& sites, const TermKey& key) {
 
 bool is_pool_head(const std::vector<Site*>& sites, const TermKey& key) { return pool_head(sites, key).site == key.site; }
 
-double row_weight(const Loss& loss, int64_t part_rows, int64_t rows) {
-  return loss.reduces_by_sum() ? 1 : static_cast<double>(part_rows) / static_cast<double>(std::max<int64_t>(1, rows));
+bool adds_up(const LossTerm& term) { return term.loss->reduces_by_sum() && term.scope != LossScope::kSequence; }
+
+double row_weight(const LossTerm& term, int64_t part_rows, int64_t rows) {
+  return adds_up(term) ? 1 : static_cast<double>(part_rows) / static_cast<double>(std::max<int64_t>(1, rows));
 }
 
 double sum_scale(const Loss& loss, int64_t target_tokens) {

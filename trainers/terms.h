@@ -40,8 +40,11 @@ void pool_layers(TermTotals& totals, const std::vector<Site*>& sites);
 TermKey pool_head(const std::vector<Site*>& sites, const TermKey& key);
 bool is_pool_head(const std::vector<Site*>& sites, const TermKey& key);
 
-// What one scope's value weighs in the mean over `rows` rows: 1 for losses that are sums.
-double row_weight(const Loss& loss, int64_t part_rows, int64_t rows);
+// Whether values of micro-batches add up to the step's. Losses that are sums do, but values per sequence are averaged always.
+bool adds_up(const LossTerm& term);
+
+// What one micro-batch's value weighs in that of `rows` rows: 1 where values add up.
+double row_weight(const LossTerm& term, int64_t part_rows, int64_t rows);
 
 // Losses that are sums over tokens are divided by the target tokens where they meet the task loss.
 double sum_scale(const Loss& loss, int64_t target_tokens);

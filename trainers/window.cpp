@@ -12,8 +12,11 @@ namespace moelab {
 namespace {
 
 nlohmann::json to_json(const RoutingRecord& r) {
-  return {{"experts", r.experts}, {"active", r.active_E}, {"chosen", r.chosen_E}, {"accepted", r.accepted_E}, {"weight", r.weight_E}, {"rows", r.rows},
-          {"left_behind", r.left_behind}, {"dropped", r.dropped}, {"places", r.places}, {"entropy_sum", r.entropy_sum}, {"entropy_rows", r.entropy_rows}};
+  return {{"experts", r.experts},           {"active", r.active_E},         {"chosen", r.chosen_E},
+          {"accepted", r.accepted_E},       {"weight", r.weight_E},         {"rows", r.rows},
+          {"left_behind", r.left_behind},   {"dropped", r.dropped},         {"first_chosen", r.first_chosen},
+          {"first_dropped", r.first_dropped}, {"places", r.places},         {"entropy_sum", r.entropy_sum},
+          {"entropy_rows", r.entropy_rows}};
 }
 
 RoutingRecord record_from_json(const nlohmann::json& j) {
@@ -26,6 +29,8 @@ RoutingRecord record_from_json(const nlohmann::json& j) {
   r.rows = j.at("rows");
   r.left_behind = j.at("left_behind");
   r.dropped = j.at("dropped");
+  r.first_chosen = j.at("first_chosen");
+  r.first_dropped = j.at("first_dropped");
   r.places = j.at("places");
   r.entropy_sum = json_number(j.at("entropy_sum"));
   r.entropy_rows = j.at("entropy_rows");

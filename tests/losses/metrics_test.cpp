@@ -59,6 +59,8 @@ void check_equal(const RoutingRecord& a, const RoutingRecord& b) {
   CHECK(a.rows == b.rows);
   CHECK(a.left_behind == b.left_behind);
   CHECK(a.dropped == b.dropped);
+  CHECK(a.first_chosen == b.first_chosen);
+  CHECK(a.first_dropped == b.first_dropped);
   CHECK(a.places == b.places);
   CHECK(a.entropy_rows == b.entropy_rows);
   CHECK_THAT(a.entropy_sum, WithinRel(b.entropy_sum, 1e-14));
@@ -74,8 +76,11 @@ TEST_CASE("A uniform load has every metric at its ideal") {
   CHECK(m.at("min_over_mean") == 1);
   CHECK_THAT(m.at("load_entropy"), WithinAbs(1, 1e-12));
   CHECK_THAT(m.at("effective_experts"), WithinAbs(4, 1e-12));
+  CHECK_THAT(m.at("inverse_simpson"), WithinAbs(4, 1e-12));
   CHECK(m.at("dead") == 0);
   CHECK(m.at("dropped") == 0);
+  CHECK(m.at("dropped_first") == 0);
+  CHECK(std::isnan(m.at("dropped_later")));  // there is one choice only
   CHECK(m.at("left_behind") == 0);
   CHECK(std::isnan(m.at("capacity_used")));
   CHECK_THAT(m.at("router_entropy"), WithinAbs(1, 1e-12));
@@ -88,6 +93,7 @@ TEST_CASE("A load on one expert has every metric at its end: CV² = E-1, MaxVio 
   CHECK(m.at("min_over_mean") == 0);
   CHECK(m.at("load_entropy") == 0);
   CHECK(m.at("effective_experts") == 1);
+  CHECK(m.at("inverse_simpson") == 1);
   CHECK(m.at("dead") == 3);
   CHECK(m.at("router_entropy") == 0);
 }
@@ -104,8 +110,12 @@ TEST_CASE("A 4×4 case with drops has the metrics worked by hand") {
   const double entropy = .5 * std::log(2.0) + .375 * std::log(8 / 3.0) + .125 * std::log(8.0);
   CHECK_THAT(m.at("load_entropy"), WithinAbs(entropy / std::log(4.0), 1e-12));
   CHECK_THAT(m.at("effective_experts"), WithinAbs(std::exp(entropy), 1e-12));
+  CHECK_THAT(m.at("inverse_simpson"), WithinAbs(64.0 / (16 + 9 + 1), 1e-12));
   CHECK(m.at("dead") == 1);
+  CHECK(m.at("dead_share") == 1.0 / 4);
   CHECK(m.at("dropped") == 3.0 / 8);
+  CHECK(m.at("dropped_first") == 2.0 / 4);
+  CHECK(m.at("dropped_later") == 1.0 / 4);
   CHECK(m.at("left_behind") == 1.0 / 4);
   CHECK(m.at("capacity_used") == 5.0 / 8);
   CHECK_THAT(m.at("router_entropy"), WithinAbs((1 + 0 + .5 + 1) / 4, 1e-12));

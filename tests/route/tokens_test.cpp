@@ -1,6 +1,9 @@
 // `moelab route` against plain loops for routers that read ids, labels or draws: hash layers, StableMoE, THOR, domains.
 #include "route_support.h"
 
+#include <ATen/ops/equal.h>
+#include <ATen/ops/tensor.h>
+
 #include <catch2/catch_test_macros.hpp>
 
 #include <algorithm>
@@ -126,6 +129,22 @@ TEST_CASE("route agrees with plain loops for thor at every granularity of the gi
     if (granularity == "batch") continue;
     const Layer eval{.router = "thor", .train = false, .options = {{"inference_granularity", granularity}}};
     expect_agreement(eval, thor_inputs(eval, draws));
+  }
+}
+
+TEST_CASE("route of thor takes a draw per sequence of the file, those that are padding alone included, or per one that is left") {
+  const Layer layer{.router = "thor", .options = {{"granularity", "sequence"}}};
+  Arrays arrays = random_inputs(layer);
+  arrays["sequence_ids"] = {{12}, {7, 7, 7, 5, 5, 9, 9, 9, 9, 2, 2, 2}};
+  arrays["padding"] = {{12}, {0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0}};
+  arrays["noise"] = {{3}, {3, 1, 2}};
+  const RouteRun left = run_layer(layer, arrays);
+  arrays["noise"] = {{4}, {3, 0, 1, 2}};  // 5 has no row left
+  const RouteRun all = run_layer(layer, arrays);
+  for (const RouteRun& run : {left, all}) {
+    REQUIRE(run.code == 0);
+    CHECK(at::equal(run.tensors.at("token"), at::tensor({5, 6, 7, 8, 9, 10, 11, 0, 1}, at::kLong)));
+    CHECK(at::equal(run.tensors.at("expert"), at::tensor({1, 1, 1, 1, 2, 2, 2, 3, 3}, at::kLong)));
   }
 }
 

@@ -93,6 +93,11 @@ TEST_CASE("learned: gradients equal finite differences; a label that is not ther
   CHECK(weight_RE.grad()[1].abs().max().item<double>() == 0);
 }
 
+TEST_CASE("a hard choice has an expert for every label, unless `domains` bounds them") {
+  const auto router = build_router({.name = "domain", .experts = 4});
+  CHECK(route(*router, label_case({3, 12, 1000001})).assignment.choice_TK.equal(longs_of({3, 0, 1}).view({3, 1})));
+}
+
 TEST_CASE("domain without rows, with one expert, ties, and room to grow") {
   for (const bool hard : {true, false}) {
     INFO(hard);

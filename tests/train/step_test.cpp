@@ -95,7 +95,9 @@ coefficient = 0.1
 
 RoutedCase independent_case() {
   return GENERATE(RoutedCase{"noisy_topk"}, RoutedCase{"softmax_topk", kAllLosses}, RoutedCase{"softmax_topk", "", {"moe.router.softmax=after"}},
-                  RoutedCase{"switch"}, RoutedCase{"gshard"}, RoutedCase{"gshard", "", {"moe.router.second_expert=gumbel"}},
+                  RoutedCase{"switch", "", {"moe.router.k=1"}}, RoutedCase{"gshard"}, RoutedCase{"gshard", "", {"moe.router.second_expert=gumbel"}},
+                  RoutedCase{"stablemoe", "[[loss]]\nname = \"distillation\"\n"},
+                  RoutedCase{"stablemoe", "[[loss]]\nname = \"distillation\"\nscope = \"sequence\"\n"},
                   RoutedCase{"frozen"}, RoutedCase{"random"}, RoutedCase{"uniform"},
                   RoutedCase{"switch", "", {"moe.capacity.mode=factor", "moe.capacity.scope=sequence", "moe.capacity.factor=0.8"}});
 }
