@@ -105,13 +105,15 @@ bool ExpertBank::alike(int64_t expert, int64_t other) const {
   const ExpertGroup &a = group_of(expert), &b = group_of(other);
   return a.kind == b.kind && std::equal(a.stacked.begin(), a.stacked.end(), b.stacked.begin(), b.stacked.end(),
                                         [](const NamedTensor& x, const NamedTensor& y) {
-                                          return x.name == y.name && without_expert_axis(x.tensor) == without_expert_axis(y.tensor);
+                                          return x.name == y.name &&
+                                                 without_expert_axis(x.tensor) == without_expert_axis(y.tensor);
                                         });
 }
 
 void ExpertBank::require_alike(const char* purpose, int64_t from, int64_t to) const {
   if (!alike(from, to))
-    usage_error(fmt::format("{}: experts {} and {} of '{}' differ in kind or shape; stay within a group", purpose, from, to, name_));
+    usage_error(
+        fmt::format("{}: experts {} and {} of '{}' differ in kind or shape; stay within a group", purpose, from, to, name_));
 }
 
 void ExpertBank::clone_expert(int64_t from, int64_t to) {

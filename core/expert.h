@@ -91,6 +91,7 @@ class ExpertBank : public Module {
 
   // Whether two experts are of one kind and shape, so that one may take the other's place.
   bool alike(int64_t expert, int64_t other) const;
+  const std::string& kind_of(int64_t expert) const { return group_of(expert).kind; }
 
   // In place, without gradient. trainers/surgery.h does the same with the optimiser's moments beside it.
   void clone_expert(int64_t from, int64_t to);  // refused unless the two are alike

@@ -50,7 +50,8 @@ std::vector<ExpertPart> read_groups(const Table& table, const LayerSettings& set
   }
   const int64_t experts = settings.expert_spec.experts;
   if (!parts.empty() && count != experts)
-    table.fail("group", fmt::format("the groups hold {} experts, but the layer has {}; their counts must add up to it", count, experts));
+    table.fail("group",
+               fmt::format("the groups hold {} experts, but the layer has {}; their counts must add up to it", count, experts));
   return parts;
 }
 
@@ -66,16 +67,26 @@ std::unique_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertS
   return make_mixed_experts(uniform, spec);
 }
 
-void refuse_unfit_plans(const Table& table, const LayerSettings& settings) {
+// Options may change the form of a router's plans in evaluation, and only an instance knows; it is not made without need.
+bool surely_sparse(const LayerSettings& settings) {
   const RouterEntry& router = Registry<RouterEntry>::instance().find(settings.router);
-  const std::vector<ExpertPart> uniform = routed_parts(settings);
-  if (uniform.size() == 1 && router.facts.plan == PlanForm::kSparse) return;
+  const Options& options = settings.router_spec.options;
+  const bool as_usual = std::none_of(router.options.begin(), router.options.end(),
+                                     [&](const OptionSpec& own) { return options.was_set(own.name); });
+  return as_usual && router.facts.plan_in(Mode::kTrain) == PlanForm::kSparse &&
+         router.facts.plan_in(Mode::kEval) == PlanForm::kSparse;
+}
+
+void refuse_unfit_plans(const Table& table, const LayerSettings& settings) {
+  if (surely_sparse(settings)) return;
   const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
-  const auto bank = sample_bank(uniform, settings.expert_spec);
+  if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
+  const auto bank = sample_bank(routed_parts(settings), settings.expert_spec);
   for (const Mode mode : {Mode::kTrain, Mode::kEval})
     if (const std::string reason = bank->refuses(facts.plan_in(mode)); !reason.empty())
       table.fail("name", fmt::format("router '{}' {} in {}: {}", settings.router,
-                                     facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts" : "cannot use these experts",
+                                     facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts"
+                                                                             : "cannot use these experts",
                                      to_string(mode), reason));
 }
 
@@ -95,8 +106,10 @@ void read_shared(const Table& table, LayerSettings& settings) {
   if (settings.shared_residual && settings.shared_gate)
     table.fail("residual", "gate and residual are two ways to weigh the shared output; set one of them");
   if (settings.shared_count > 0 && !find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "width"))
-    table.fail("count", fmt::format("experts '{}' cannot be shared: they have no width; name a kind with one in [moe.expert] and the "
-                                    "routed kinds in [[moe.expert.group]]", settings.expert));
+    table.fail("count",
+               fmt::format("experts '{}' cannot be shared: they have no width; name a kind with one in [moe.expert] and the "
+                           "routed kinds in [[moe.expert.group]]",
+                           settings.expert));
   if (settings.shared_residual && settings.shared_count == 0)
     table.fail("residual", "residual mixes with shared experts, and there are none; set count");
 }

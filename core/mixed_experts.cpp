@@ -21,7 +21,8 @@ class MixedBank : public ExpertBank {
       check_invariant(part->groups().size() == 1 && part->stages() == 1, "a part of mixed experts has one group and one stage");
       ExpertGroup group = part->groups().front();
       group.first = first;
-      const std::string name = group.experts == 1 ? fmt::format("{}", first) : fmt::format("{}-{}", first, first + group.experts - 1);
+      const std::string name =
+          group.experts == 1 ? fmt::format("{}", first) : fmt::format("{}-{}", first, first + group.experts - 1);
       group.prefix = name + ".";
       add_child(name, part);
       first += group.experts;
@@ -98,7 +99,8 @@ std::string joined_names(const std::vector<ExpertPart>& parts) {
   std::vector<std::string> names;
   for (const ExpertPart& part : parts)
     if (std::count(names.begin(), names.end(), part.name) == 0) names.push_back(part.name);
-  return std::accumulate(names.begin() + 1, names.end(), names.front(), [](const auto& a, const auto& b) { return a + " + " + b; });
+  return std::accumulate(names.begin() + 1, names.end(), names.front(),
+                         [](const auto& a, const auto& b) { return a + " + " + b; });
 }
 
 void append_part(std::vector<ExpertPart>& parts, const ExpertPart& more) {

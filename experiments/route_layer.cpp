@@ -215,7 +215,8 @@ std::vector<NamedTensor> tensors_of(const Module& module) {
 }
 
 std::vector<NamedTensor> outside_names(const MoELayer& layer, const std::vector<NamedTensor>& tensors) {
-  std::map<std::string, std::pair<int64_t, std::string>> grouped;  // live name -> global id of slot 0, and the parameter's own name
+  std::map<std::string, std::pair<int64_t, std::string>>
+      grouped;  // live name -> global id of slot 0, and the parameter's own name
   for (const ExpertGroup& group : layer.site().bank->groups())
     for (const NamedTensor& stacked : group.stacked)
       if (!group.prefix.empty()) grouped["experts." + group.prefix + stacked.name] = {group.first, stacked.name};
@@ -224,7 +225,8 @@ std::vector<NamedTensor> outside_names(const MoELayer& layer, const std::vector<
     const auto found = grouped.find(entry.name);
     if (found == grouped.end()) outside.push_back(entry);
     else for (int64_t slot = 0; slot < entry.tensor.size(0); ++slot)
-      outside.push_back({fmt::format("experts.{}.{}", found->second.first + slot, found->second.second), entry.tensor.select(0, slot)});
+        outside.push_back(
+            {fmt::format("experts.{}.{}", found->second.first + slot, found->second.second), entry.tensor.select(0, slot)});
   }
   return outside;
 }

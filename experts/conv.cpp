@@ -9,8 +9,8 @@
 // Kernel and stride of the convolution are d, so that every patch is read once. Initial weights: N(0, init_scale²/fan_in), output
 // weights times `output_scale`, biases 0; drawn per (parameter, expert).
 //
-// Differences from the paper: its experts have no w_out and no bias (classes = 2, bias = false); its code scales the usual initial
-// values by 0.001 (init_scale). Here the output has the layer's width, so that the expert fits any model.
+// Differences from the paper: its experts have no w_out and no bias (classes = 2, bias = false); its code scales the usual
+// initial values by 0.001 (init_scale). Here the output has the layer's width, so that the expert fits any model.
 #include "core/expert.h"
 #include "core/grouped.h"
 
@@ -96,7 +96,9 @@ class ConvBank : public ExpertBank {
  private:
   int64_t patch_width() const { return width_ / patches_; }
 
-  Tensor pooled(const Tensor& z_MF) const { return conv_activated(activation_, z_MF).view({z_MF.size(0) / patches_, patches_, filters_}).sum(1); }
+  Tensor pooled(const Tensor& z_MF) const {
+    return conv_activated(activation_, z_MF).view({z_MF.size(0) / patches_, patches_, filters_}).sum(1);
+  }
 
   Tensor class_sums(const Tensor& hidden_NF) const {
     const Tensor sums_NC = hidden_NF.view({-1, classes_, filters_ / classes_}).sum(2);
@@ -121,7 +123,9 @@ std::string conv_refusal(const ExpertSpec& spec) {
     return fmt::format("a row of width {} cannot be cut into {} patches; patches must divide the width", spec.width, patches);
   if (classes == 0) return "";
   if (classes > spec.width) return fmt::format("{} classes do not fit a row of width {}", classes, spec.width);
-  return filters % classes == 0 ? "" : fmt::format("{} filters cannot be shared by {} classes; width must be a multiple of it", filters, classes);
+  return filters % classes == 0
+             ? ""
+             : fmt::format("{} filters cannot be shared by {} classes; width must be a multiple of it", filters, classes);
 }
 
 const Registration<ExpertEntry> registration_conv{{
@@ -133,7 +137,8 @@ const Registration<ExpertEntry> registration_conv{{
     .options = {option("activation", "cubic", "of a patch's filters").one_of({"cubic", "linear", "relu", "gelu"}),
                 option("patches", 4, "patches of a row; must divide the width").at_least(1),
                 option("width", 16, "filters of one expert").at_least(1),
-                option("classes", 0, "0: a learned output; else filters are summed by class into the first entries of the output").at_least(0),
+                option("classes", 0, "0: a learned output; else filters are summed by class into the first entries of the output")
+                    .at_least(0),
                 option("bias", false, "add a bias before the activation"),
                 option("init_scale", 1.0, "of the initial weights").at_least(0)},
     .verified_with = {{{"classes", int64_t{2}}}, {{"patches", int64_t{1}}, {"width", int64_t{3}}}},

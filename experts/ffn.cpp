@@ -132,10 +132,14 @@ class FfnBank : public ExpertBank {
 
 const OptionSpecs& ffn_options() {
   static const OptionSpecs specs{
-      {.name = "activation", .default_value = std::string("relu"), .doc = "gelu is the exact form (erf)",
+      {.name = "activation",
+       .default_value = std::string("relu"),
+       .doc = "gelu is the exact form (erf)",
        .choices = {"relu", "gelu", "gelu_tanh", "swiglu"}},
       {.name = "width", .default_value = int64_t{0}, .doc = "hidden width of one expert; 0 = 4·D", .min = 0},
-      {.name = "widths", .default_value = std::vector<int64_t>{}, .doc = "hidden width of each expert, where they differ; goes before width"},
+      {.name = "widths",
+       .default_value = std::vector<int64_t>{},
+       .doc = "hidden width of each expert, where they differ; goes before width"},
       {.name = "bias", .default_value = false, .doc = "add a bias after every linear map"}};
   return specs;
 }
@@ -144,7 +148,8 @@ std::string ffn_refusal(const ExpertSpec& spec) {
   const std::vector<int64_t>& widths = spec.options.integers("widths");
   if (widths.empty()) return "";
   if (static_cast<int64_t>(widths.size()) != spec.experts)
-    return fmt::format("widths lists {} widths for {} experts; give one for each, room to grow included", widths.size(), spec.experts);
+    return fmt::format("widths lists {} widths for {} experts; give one for each, room to grow included", widths.size(),
+                       spec.experts);
   return std::all_of(widths.begin(), widths.end(), [](int64_t width) { return width > 0; }) ? "" : "widths must be at least 1";
 }
 
@@ -163,7 +168,9 @@ const Registration<ExpertEntry> registration{{
     .title = "Feed-forward experts",
     .citation = "Shazeer et al. 2017, arXiv 1701.06538; SwiGLU: Shazeer 2020, arXiv 2002.05202",
     .equation = "y = w_out·act(w_in·x + b_in) + b_out; swiglu: y = w_down·(silu(w_gate·x) ∘ (w_up·x))",
+    .differences = {"Shazeer et al. and GShard know ReLU alone"},
     .options = ffn_options(),
+    .verified_with = {{{"widths", std::vector<int64_t>{5, 3, 3, 8}}}, {{"activation", std::string("swiglu")}, {"bias", true}}},
     .refuses = ffn_refusal,
     .per_expert = ffn_widths,
     .make = [](ExpertSpec spec) { return std::make_unique<FfnBank>(spec); },

@@ -26,7 +26,8 @@ void set_declared(Options& options, const ExpertEntry& entry, const std::string&
 int64_t routed_width(const LayerSettings& layer) {
   int64_t sum = 0;
   for (const ExpertPart& part : routed_parts(layer))
-    if (part.options.declared("width")) sum += part.experts * hidden_width(part.options.integer("width"), layer.expert_spec.width);
+    if (part.options.declared("width"))
+      sum += part.experts * hidden_width(part.options.integer("width"), layer.expert_spec.width);
   return sum;
 }
 

@@ -19,7 +19,8 @@ double plain_act(const std::string& name, double z) {
 }
 
 // h of one row: the filters' activations summed over patches.
-std::vector<double> plain_filters(const std::string& activation, const Tensor& w_Fd, const Tensor& b_F, const double* x, int64_t patches) {
+std::vector<double> plain_filters(const std::string& activation, const Tensor& w_Fd, const Tensor& b_F, const double* x,
+                                  int64_t patches) {
   std::vector<double> h(static_cast<size_t>(w_Fd.size(0)), 0.0);
   for (int64_t p = 0; p < patches; ++p)
     for (int64_t f = 0; f < w_Fd.size(0); ++f) {
@@ -36,12 +37,14 @@ TEST_CASE("a patch expert is its formula: filters over patches, summed, then map
   std::mt19937_64 draw(1);
   for (const std::string activation : {"cubic", "linear", "relu", "gelu"})
     for (const bool bias : {false, true}) {
-      const auto bank = bank_of("conv", 6, 2, {{"activation", activation}, {"patches", int64_t{3}}, {"width", int64_t{4}}, {"bias", bias}});
+      const auto bank =
+          bank_of("conv", 6, 2, {{"activation", activation}, {"patches", int64_t{3}}, {"width", int64_t{4}}, {"bias", bias}});
       const Tensor rows_ND = random_leaf(draw, {3, 6}, at::kDouble, false);
       const Tensor y_ND = bank->forward({.rows_ND = rows_ND, .offsets_E1 = at::tensor({0, 1, 3}, at::kLong)}, 0);
       for (int64_t n = 0; n < 3; ++n) {
         const std::vector<Tensor> p = bank->parameters_of(n < 1 ? 0 : 1);
-        const std::vector<double> h = plain_filters(activation, p[0], bias ? p[1] : Tensor(), rows_ND.const_data_ptr<double>() + n * 6, 3);
+        const std::vector<double> h =
+            plain_filters(activation, p[0], bias ? p[1] : Tensor(), rows_ND.const_data_ptr<double>() + n * 6, 3);
         for (int64_t d = 0; d < 6; ++d) {
           double y = 0;
           for (size_t f = 0; f < h.size(); ++f) y += p.back()[d][static_cast<int64_t>(f)].item<double>() * h[f];
@@ -58,7 +61,8 @@ TEST_CASE("classes sum the filters of each class and leave the rest of the row a
   const Tensor rows_ND = random_leaf(draw, {2, 6}, at::kDouble, false);
   const Tensor y_ND = bank->forward({.rows_ND = rows_ND, .offsets_E1 = at::tensor({0, 2}, at::kLong)}, 0);
   for (int64_t n = 0; n < 2; ++n) {
-    const std::vector<double> h = plain_filters("cubic", bank->parameters_of(0)[0], {}, rows_ND.const_data_ptr<double>() + n * 6, 2);
+    const std::vector<double> h =
+        plain_filters("cubic", bank->parameters_of(0)[0], {}, rows_ND.const_data_ptr<double>() + n * 6, 2);
     CHECK(std::abs(y_ND[n][0].item<double>() - (h[0] + h[1] + h[2])) < 1e-10);
     CHECK(std::abs(y_ND[n][1].item<double>() - (h[3] + h[4] + h[5])) < 1e-10);
     CHECK(y_ND[n].slice(0, 2).count_nonzero().item<int64_t>() == 0);

@@ -24,8 +24,8 @@ struct PartCase {
   GivenOptions options = {};
 };
 
-inline std::unique_ptr<ExpertBank> mixed_bank(const std::vector<PartCase>& cases, int64_t width, at::ScalarType dtype = at::kDouble,
-                                              int64_t seed = 1) {
+inline std::unique_ptr<ExpertBank> mixed_bank(const std::vector<PartCase>& cases, int64_t width,
+                                              at::ScalarType dtype = at::kDouble, int64_t seed = 1) {
   ExpertSpec spec;
   spec.width = width;
   spec.dtype = dtype;
@@ -44,8 +44,8 @@ inline std::unique_ptr<ExpertBank> mixed_bank(const std::vector<PartCase>& cases
   return bank;
 }
 
-inline std::unique_ptr<ExpertBank> bank_of(const std::string& kind, int64_t width, int64_t experts, const GivenOptions& options = {},
-                                           at::ScalarType dtype = at::kDouble) {
+inline std::unique_ptr<ExpertBank> bank_of(const std::string& kind, int64_t width, int64_t experts,
+                                           const GivenOptions& options = {}, at::ScalarType dtype = at::kDouble) {
   return mixed_bank({{kind, experts, options}}, width, dtype);
 }
 

@@ -80,7 +80,8 @@ TEST_CASE("each row of a mixed bank goes through its own expert, and through no 
 TEST_CASE("executors agree on mixed banks, values and gradients, over random plans") {
   std::mt19937_64 draw(4);
   for (int64_t round = 0; round < 40; ++round) {
-    const auto bank = round % 2 == 0 ? five_of_four_kinds() : bank_of("ffn", 3, 5, {{"widths", std::vector<int64_t>{2, 6, 6, 1, 3}}});
+    const auto bank =
+        round % 2 == 0 ? five_of_four_kinds() : bank_of("ffn", 3, 5, {{"widths", std::vector<int64_t>{2, 6, 6, 1, 3}}});
     const int64_t rows = round % 7 == 0 ? 0 : 9, k = 1 + round % 5;
     const SparseCase one = random_sparse_case(draw, rows, 5, k, 0.2, at::kDouble);
     const Tensor x_TD = random_leaf(draw, {rows, 3}, at::kDouble), weight_TD = random_leaf(draw, {rows, 3}, at::kDouble, false);
@@ -112,8 +113,12 @@ TEST_CASE("gradients of experts without rows are zero, not missing, in every gro
 }
 
 TEST_CASE("surgery in a mixed bank stays among experts of one kind and shape, neighbours or not") {
-  const auto bank = mixed_bank({{"ffn", 1, gelu_of_width(5)}, {"zero", 1}, {"ffn", 1, gelu_of_width(5)}, {"ffn", 1, gelu_of_width(4)},
-                                {"ffn", 1, {{"width", int64_t{5}}, {"bias", true}}}}, 3);
+  const auto bank = mixed_bank({{"ffn", 1, gelu_of_width(5)},
+                                {"zero", 1},
+                                {"ffn", 1, gelu_of_width(5)},
+                                {"ffn", 1, gelu_of_width(4)},
+                                {"ffn", 1, {{"width", int64_t{5}}, {"bias", true}}}},
+                               3);
   CHECK(bank->groups().size() == 5);
   CHECK(bank->alike(0, 2));
   CHECK_FALSE((bank->alike(0, 1) || bank->alike(0, 3) || bank->alike(0, 4)));  // another kind, width, activation
@@ -125,7 +130,8 @@ TEST_CASE("surgery in a mixed bank stays among experts of one kind and shape, ne
   CHECK((at::equal(first[0], w_first) && at::equal(third[0], w_third)));
   CHECK(error_of([&] { bank->permute({3, 1, 2, 0, 4}); }) ==
         "permute: experts 3 and 0 of 'ffn + zero' differ in kind or shape; stay within a group");
-  CHECK(error_of([&] { bank->clone_expert(1, 0); }) == "clone: experts 1 and 0 of 'ffn + zero' differ in kind or shape; stay within a group");
+  CHECK(error_of([&] { bank->clone_expert(1, 0); }) ==
+        "clone: experts 1 and 0 of 'ffn + zero' differ in kind or shape; stay within a group");
 }
 
 TEST_CASE("widths that do not fit are refused in one line") {
