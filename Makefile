@@ -22,6 +22,7 @@ test: build         ## what CI runs
 	scripts/check_docs.sh $(BUILD)/moelab
 	scripts/check_package.sh $(BUILD)
 	scripts/check_new_router.sh --here release
+	scripts/check_new_expert.sh --here release
 
 test-long: build    ## kill loops and wide sweeps, by hand; leaves counts in tests/long/
 	scripts/test_long.sh $(BUILD)

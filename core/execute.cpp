@@ -57,6 +57,11 @@ Tensor execute_soft(const SoftPlan& plan, const ExpertBank& bank, const ExecuteI
   return at::cat(outputs).index_select(0, at::cat(rows).argsort());
 }
 
+PlanForm form_of(const Plan& plan) {
+  if (std::holds_alternative<SparsePlan>(plan)) return PlanForm::kSparse;
+  return std::holds_alternative<SoftPlan>(plan) ? PlanForm::kSoft : PlanForm::kMerge;
+}
+
 // The experts' gradients are then zero, not missing.
 Tensor without_rows(const ExpertBank& bank, const ExecuteInput& input) {
   const Tensor offsets_E1 = at::zeros({bank.experts() + 1}, at::kLong);
@@ -76,9 +81,7 @@ Tensor map_pairs(const SparsePlan& plan, const ExpertBank& bank, const Tensor& r
 }
 
 Tensor execute(const Plan& plan, const ExpertBank& bank, const ExecuteInput& input, Execution execution) {
-  if (bank.stages() != 1)
-    usage_error("experts '" + bank.name() + "' work in " + std::to_string(bank.stages()) +
-                " stages around code of their module; place them in a site that runs the stages itself");
+  if (const std::string reason = bank.refuses(form_of(plan)); !reason.empty()) usage_error(reason);
   if (execution == Execution::kReference) return execute_reference(plan, bank, input);
   if (const auto* sparse = std::get_if<SparsePlan>(&plan)) return execute_sparse(*sparse, bank, input);
   if (input.x_TD.size(0) == 0) return without_rows(bank, input);  // there may be no sequence and no group

@@ -31,8 +31,9 @@ struct SlotMatrices {
 
 Tensor indices_of(const Tensor& mask) { return mask.nonzero().squeeze(1); }
 
-std::vector<Tensor> parameters_of_group(const SlotMatrices& slots, const ExpertBank& bank, int64_t group) {
-  return slots.mixture_GE.defined() ? bank.merge(slots.mixture_GE.select(0, group)) : bank.parameters_of(group);
+Tensor run_group(const SlotMatrices& slots, const ExpertBank& bank, int64_t group, const Tensor& rows_ND) {
+  if (slots.mixture_GE.defined()) return bank.forward_with(bank.merge(slots.mixture_GE.select(0, group)), rows_ND);
+  return bank.forward_expert(group, bank.parameters_of(group), rows_ND);
 }
 
 // F, group by group, with explicit parameters.
@@ -41,7 +42,7 @@ Tensor run_groups(const SlotMatrices& slots, const ExpertBank& bank, const Tenso
   std::vector<Tensor> outputs, members;
   for (int64_t g = 0; g < groups; ++g) {
     members.push_back(indices_of(slots.group_J.eq(g)));
-    outputs.push_back(bank.forward_with(parameters_of_group(slots, bank, g), inputs_JD.index_select(0, members.back())));
+    outputs.push_back(run_group(slots, bank, g, inputs_JD.index_select(0, members.back())));
   }
   return at::cat(outputs).index_select(0, at::argsort(at::cat(members)));
 }
@@ -59,7 +60,7 @@ Tensor run_bank(const SlotMatrices& slots, const ExpertBank& bank, const Tensor&
 Tensor evaluate(const SlotMatrices& slots, const ExpertBank& bank, const Tensor& x_TD, const SparsePlan* plan,
                 const ExecuteInput& input) {
   const Tensor inputs_JD = slots.read_TJ.to(x_TD.scalar_type()).t().matmul(x_TD);
-  const Tensor outputs_JD = bank.has_forward_with() ? run_groups(slots, bank, inputs_JD)
+  const Tensor outputs_JD = bank.has_forward_expert() ? run_groups(slots, bank, inputs_JD)
                                                     : run_bank(slots, bank, inputs_JD, plan, input);
   return slots.write_TJ.to(outputs_JD.scalar_type()).matmul(outputs_JD);
 }

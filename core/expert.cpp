@@ -5,6 +5,8 @@
 
 #include <ATen/core/grad_mode.h>
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 namespace moelab {
@@ -56,6 +58,22 @@ Tensor ExpertBank::forward_with(const std::vector<Tensor>&, const Tensor&) const
   usage_error("experts '" + name_ + "' cannot run with merged parameters; use experts of one group and one stage");
 }
 
+Tensor ExpertBank::forward_expert(int64_t, const std::vector<Tensor>& parameters, const Tensor& rows_ND) const {
+  return forward_with(parameters, rows_ND);
+}
+
+std::string ExpertBank::refuses(PlanForm form) const {
+  if (stages() != 1)
+    return fmt::format("experts '{}' work in {} stages around code of their module; place them in a site that runs the stages "
+                       "itself", name_, stages());
+  if (form != PlanForm::kMerge) return "";
+  if (groups_.size() > 1)
+    return fmt::format("the experts of '{}' form {} groups of different kinds or shapes, whose parameters have no mean; use "
+                       "experts of one kind and width", name_, groups_.size());
+  if (groups_.front().stacked.empty()) return fmt::format("experts '{}' have no parameters that could be mixed", name_);
+  return has_forward_with() ? "" : fmt::format("experts '{}' cannot run with mixed parameters", name_);
+}
+
 std::vector<Tensor> ExpertBank::merge(const Tensor& alpha_E) const {
   std::vector<Tensor> merged;
   for (const NamedTensor& entry : only_group("merge").stacked) merged.push_back(mixed_parameter(entry.tensor, alpha_E));
@@ -83,39 +101,45 @@ int64_t ExpertBank::parameters_per_expert(int64_t expert) const {
   return count;
 }
 
+bool ExpertBank::alike(int64_t expert, int64_t other) const {
+  const ExpertGroup &a = group_of(expert), &b = group_of(other);
+  return a.kind == b.kind && std::equal(a.stacked.begin(), a.stacked.end(), b.stacked.begin(), b.stacked.end(),
+                                        [](const NamedTensor& x, const NamedTensor& y) {
+                                          return x.name == y.name &&
+                                                 without_expert_axis(x.tensor) == without_expert_axis(y.tensor);
+                                        });
+}
+
+void ExpertBank::require_alike(const char* purpose, int64_t from, int64_t to) const {
+  if (!alike(from, to))
+    usage_error(
+        fmt::format("{}: experts {} and {} of '{}' differ in kind or shape; stay within a group", purpose, from, to, name_));
+}
+
 void ExpertBank::clone_expert(int64_t from, int64_t to) {
   const at::NoGradGuard no_grad;
+  require_alike("clone", from, to);
   const std::vector<Slice> source = slices(from), target = slices(to);
-  const bool alike = source.size() == target.size() &&
-                     std::equal(source.begin(), source.end(), target.begin(), [](const Slice& a, const Slice& b) {
-                       return without_expert_axis(a.stacked) == without_expert_axis(b.stacked);
-                     });
-  if (!alike)
-    usage_error("clone: experts " + std::to_string(from) + " and " + std::to_string(to) + " of '" + name_ +
-                "' differ in shape; clone within a group");
   for (size_t i = 0; i < source.size(); ++i) target[i].view().copy_(source[i].view());
 }
 
 void ExpertBank::permute(const std::vector<int64_t>& old_of_new) {
   const at::NoGradGuard no_grad;
-  const ExpertGroup& group = only_group("permute");
-  require_permutation(old_of_new, group.experts);
-  for (const NamedTensor& entry : group.stacked) {
-    const Tensor before = entry.tensor.clone();
-    for (int64_t slot = 0; slot < group.experts; ++slot)
-      entry.tensor.select(0, slot).copy_(before.select(0, old_of_new[static_cast<size_t>(slot)]));
+  require_permutation(old_of_new, experts());
+  std::vector<std::vector<Tensor>> before(old_of_new.size());
+  for (int64_t e = 0; e < experts(); ++e) {
+    const int64_t source = old_of_new[static_cast<size_t>(e)];
+    require_alike("permute", source, e);
+    for (const Slice& slice : slices(source)) before[static_cast<size_t>(e)].push_back(slice.view().clone());
+  }
+  for (int64_t e = 0; e < experts(); ++e) {
+    const std::vector<Slice> target = slices(e);
+    for (size_t i = 0; i < target.size(); ++i) target[i].view().copy_(before[static_cast<size_t>(e)][i]);
   }
 }
 
 template class Registry<ExpertEntry>;
 
 int64_t hidden_width(int64_t asked, int64_t model_width) { return asked > 0 ? asked : 4 * model_width; }
-
-std::unique_ptr<ExpertBank> make_experts(const std::string& name, ExpertSpec spec) {
-  const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(name);
-  std::unique_ptr<ExpertBank> bank = entry.make(std::move(spec));
-  bank->set_name(entry.name);
-  return bank;
-}
 
 }  // namespace moelab

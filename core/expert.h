@@ -37,6 +37,8 @@ struct ExpertGroup {
   int64_t first = 0;    // global id of slot 0; slots are consecutive global ids
   int64_t experts = 0;
   std::vector<NamedTensor> stacked;  // each [experts, …]; short names: "w_in"
+  std::string prefix = {};           // of their names among the bank's parameters: "" or, of one group among several, "4-5."
+  std::string kind = {};             // registered name and options: groups of one kind and shape may exchange experts
 };
 
 class ExpertBank : public Module {
@@ -49,6 +51,7 @@ class ExpertBank : public Module {
   // The registered name, for messages; "" for a bank made by hand.
   const std::string& name() const { return name_; }
   void set_name(std::string name) { name_ = std::move(name); }
+  void set_kind(const std::string& kind);  // of groups that have none
 
   // Output of every row through its own expert, gates not applied: [N, output_width(stage)]. An expert without rows costs
   // nothing, and its parameters still get a zero gradient. A bank of two stages (attention heads) maps rows to rows twice, and
@@ -61,6 +64,13 @@ class ExpertBank : public Module {
   // Serves merging and the reference executor; refused by banks of several groups or stages.
   virtual Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const;
   virtual bool has_forward_with() const { return false; }
+
+  // The same for one expert of any bank of one stage: a bank of several groups asks the part that the expert belongs to.
+  virtual Tensor forward_expert(int64_t expert, const std::vector<Tensor>& parameters, const Tensor& rows_ND) const;
+  virtual bool has_forward_expert() const { return has_forward_with(); }
+
+  // Why plans of this form cannot be carried out with this bank, in one line; "" = they can.
+  virtual std::string refuses(PlanForm form) const;
 
   // Σ_e alpha[e]·θ_e for every parameter, on the graph. Refused across groups.
   std::vector<Tensor> merge(const Tensor& alpha_E) const;
@@ -79,10 +89,14 @@ class ExpertBank : public Module {
   };
   std::vector<Slice> slices(int64_t expert) const;
 
-  // In place, without gradient. Moments are the trainer's to copy beside these.
-  void clone_expert(int64_t from, int64_t to);  // refused where the shapes differ
+  // Whether two experts are of one kind and shape, so that one may take the other's place.
+  bool alike(int64_t expert, int64_t other) const;
+  const std::string& kind_of(int64_t expert) const { return group_of(expert).kind; }
+
+  // In place, without gradient. trainers/surgery.h does the same with the optimiser's moments beside it.
+  void clone_expert(int64_t from, int64_t to);  // refused unless the two are alike
   virtual void reset_expert(int64_t expert, RandomKey key) = 0;
-  void permute(const std::vector<int64_t>& old_of_new);  // expert e becomes what old_of_new[e] was; within one group
+  void permute(const std::vector<int64_t>& old_of_new);  // expert e becomes what old_of_new[e] was; each alike its source
 
  protected:
   std::vector<ExpertGroup> groups_;  // handles of tensors registered with add_parameter
@@ -90,6 +104,7 @@ class ExpertBank : public Module {
  private:
   const ExpertGroup& group_of(int64_t expert) const;
   const ExpertGroup& only_group(const char* purpose) const;
+  void require_alike(const char* purpose, int64_t from, int64_t to) const;
   std::string name_;
 };
 
@@ -100,6 +115,7 @@ struct ExpertSpec {
   RandomKey init;
   double output_scale = 1;  // scales the initial output weights: 1/√(2·layers) in deep models
   Options options;
+  int64_t first = 0;        // global id of expert 0, in a bank that is one part of several: keys its initial draw
 };
 
 struct ExpertEntry {
@@ -107,7 +123,14 @@ struct ExpertEntry {
   std::string title;
   std::string citation;
   std::string equation;
+  std::vector<std::string> differences = {};  // from the paper; empty = none known
   OptionSpecs options = {};
+  // Settings that the conformance kit runs beside the defaults and each other choice.
+  std::vector<std::map<std::string, OptionValue>> verified_with = {};
+  // Why these settings cannot be built, in one line; "" = they can. Not given: always.
+  std::function<std::string(const ExpertSpec&)> refuses = {};
+  // The options of each expert, where they may differ (a width each); not given: all have the bank's.
+  std::function<std::vector<Options>(const ExpertSpec&)> per_expert = {};
   std::function<std::unique_ptr<ExpertBank>(ExpertSpec)> make;
   std::source_location where = std::source_location::current();
 };
@@ -115,6 +138,22 @@ struct ExpertEntry {
 // The hidden width that an option `width` asks for: 0 = 4·D.
 int64_t hidden_width(int64_t asked, int64_t model_width);
 
+// Experts of one registered kind; several groups where per_expert() says that they differ. Throws Error(kUsage) with the entry's
+// refusal.
 std::unique_ptr<ExpertBank> make_experts(const std::string& name, ExpertSpec spec);
+
+// Consecutive experts of one kind with the same options.
+struct ExpertPart {
+  std::string name;
+  int64_t experts = 0;
+  Options options = {};
+};
+
+// `parts` with every one split where its experts differ, and neighbours of the same kind and options joined.
+std::vector<ExpertPart> uniform_parts(const std::vector<ExpertPart>& parts, const ExpertSpec& spec);
+
+// A bank of all the parts in their order, spec.experts in all; spec.options are not read. One uniform part gives the plain bank
+// of that kind, several one group each, with parameters named "<first>-<last>.w_in".
+std::unique_ptr<ExpertBank> make_mixed_experts(const std::vector<ExpertPart>& parts, const ExpertSpec& spec);
 
 }  // namespace moelab

@@ -1,6 +1,7 @@
 #include "core/moe_layer.h"
 
 #include "core/error.h"
+#include "core/layer_tables.h"
 
 #include <fmt/format.h>
 
@@ -18,34 +19,6 @@ OptionSpecs moe_options() {
       option("losses", "paper", "the paper's losses with its coefficients, or none; any [[loss]] silences both").one_of({"paper", "none"}),
       option("execution", "auto", "how plans are carried out").one_of({"auto", "reference"}),
   };
-}
-
-OptionSpecs shared_options() {
-  return {
-      option("count", 0, "shared experts that every row uses").at_least(0),
-      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0),
-      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)"),
-  };
-}
-
-// The plugin that a table names, read before its other keys can be checked.
-std::string plugin_name(const Table& table, const char* fallback) {
-  return table.options({option("name", fallback, "which plugin")}, table.keys()).text("name");
-}
-
-OptionSpecs with_name(const OptionSpecs& own) {
-  OptionSpecs all{option("name", "", "which plugin")};
-  all.insert(all.end(), own.begin(), own.end());
-  return all;
-}
-
-template <class Entry>
-const Entry& find_plugin(const Table& table, const std::string& name) {
-  try {
-    return Registry<Entry>::instance().find(name);
-  } catch (const Error& error) {
-    table.fail("name", error.what());
-  }
 }
 
 // A factor without a mode that reads it would be a capacity that somebody believes in and nobody applies.
@@ -187,21 +160,6 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
   return spec;
 }
 
-// The shared experts are one expert of width count·width: the same function, in one product.
-std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings) {
-  if (settings.shared_count == 0) return nullptr;
-  ExpertSpec spec = settings.expert_spec;
-  spec.experts = 1;
-  spec.init = spec.init.with("shared");
-  const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(settings.expert);
-  const auto width = std::find_if(entry.options.begin(), entry.options.end(), [](const OptionSpec& s) { return s.name == "width"; });
-  check_invariant(width != entry.options.end(), "expert '" + settings.expert + "' cannot be shared: it has no width");
-  const int64_t routed = hidden_width(spec.options.integer("width"), spec.width);
-  const int64_t each = settings.shared_width > 0 ? settings.shared_width : routed;
-  spec.options.set(*width, settings.shared_count * each);
-  return make_experts(settings.expert, spec);
-}
-
 }  // namespace
 
 LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_t vocabulary, at::ScalarType dtype,
@@ -223,13 +181,12 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   const auto& entry = find_plugin<RouterEntry>(moe.child("router"), settings.router);
   router = read_router(moe, entry, router);
 
-  settings.expert = plugin_name(moe.child("expert"), "ffn");
-  const auto& expert = find_plugin<ExpertEntry>(moe.child("expert"), settings.expert);
-  settings.expert_spec = {width, router.max_experts, dtype, init.with("experts"), 1, moe.child("expert").options(with_name(expert.options))};
-  const Options shared = moe.child("shared").options(shared_options());
-  settings.shared_count = shared.integer("count");
-  settings.shared_width = shared.integer("width");
-  settings.shared_gate = shared.flag("gate");
+  ExpertSpec expert;
+  expert.width = width;
+  expert.experts = router.max_experts;
+  expert.dtype = dtype;
+  expert.init = init.with("experts");
+  read_experts(moe, std::move(expert), settings);
   settings.execution = options.text("execution") == "auto" ? Execution::kAuto : Execution::kReference;
   settings.losses = read_losses(root, options, entry, router);
   return settings;
@@ -239,17 +196,20 @@ MoELayer::MoELayer(std::string path, LayerSettings settings) : settings_(std::mo
   site_.path = std::move(path);
   site_.layer = settings_.router_spec.layer;
   site_.router = make_router(settings_.router, settings_.router_spec);
-  site_.bank = make_experts(settings_.expert, settings_.expert_spec);
+  site_.bank = routed_bank(settings_);
   site_.losses = settings_.losses;
   shared_ = shared_bank(settings_);
   add_child("router", site_.router);
   add_child("experts", site_.bank);
   if (!shared_) return;
   add_child("shared", shared_);
-  if (settings_.shared_gate) {
-    const RouterSpec& spec = settings_.router_spec;
-    shared_gate_weight_1D_ = add_parameter("shared.gate_weight", normal_tensor(spec.init.with("shared_gate"), {1, spec.width}, 0.02, spec.dtype));
-  }
+  const RouterSpec& spec = settings_.router_spec;
+  const auto weight = [&](const char* name, int64_t rows) {
+    return normal_tensor(spec.init.with(name), {rows, spec.width}, 0.02, spec.dtype);
+  };
+  if (settings_.shared_gate) shared_gate_weight_1D_ = add_parameter("shared.gate_weight", weight("shared_gate", 1));
+  if (settings_.shared_residual)
+    shared_coefficient_weight_2D_ = add_parameter("shared.coefficient_weight", weight("shared_coefficient", 2));
 }
 
 RouteOutput MoELayer::decide(const RouteInput& in, RouteState& state) const {
@@ -265,13 +225,19 @@ Tensor MoELayer::shared_output(const Tensor& x_TD) const {
   return y_TD.mul(x_TD.matmul(shared_gate_weight_1D_.t()).sigmoid());
 }
 
+Tensor MoELayer::with_shared(const Tensor& routed_TD, const Tensor& x_TD) const {
+  const Tensor shared_TD = shared_output(x_TD);
+  if (!shared_TD.defined()) return routed_TD;
+  if (!settings_.shared_residual) return routed_TD.add(shared_TD);
+  const Tensor coefficient_T2 = x_TD.matmul(shared_coefficient_weight_2D_.t()).softmax(1);
+  return routed_TD.mul(coefficient_T2.narrow(1, 0, 1)).add(shared_TD.mul(coefficient_T2.narrow(1, 1, 1)));
+}
+
 LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
   LayerOutput out;
   out.routed = decide(in, state);
-  out.y_TD = execute(out.routed.plan, *site_.bank, {in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training()},
-                     settings_.execution);
-  const Tensor shared_TD = shared_output(in.x_TD);
-  if (shared_TD.defined()) out.y_TD = out.y_TD.add(shared_TD);
+  const ExecuteInput rows{in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training()};
+  out.y_TD = with_shared(execute(out.routed.plan, *site_.bank, rows, settings_.execution), in.x_TD);
   out.statistics = term_statistics(site_, in, out.routed);
   out.record = record_of(in, out.routed, settings_.router_spec.max_experts, site_.router->active_experts_E());
   return out;

@@ -28,11 +28,13 @@ struct Site {
 struct LayerSettings {
   std::string router = "softmax_topk";
   RouterSpec router_spec;
-  std::string expert = "ffn";
+  std::string expert = "ffn";         // the kind of [moe.expert]
   ExpertSpec expert_spec;
+  std::vector<ExpertPart> mixed = {};  // the parts of a bank that mixes kinds; empty: all experts are of the kind above
   int64_t shared_count = 0;
   int64_t shared_width = 0;   // of each shared expert
   bool shared_gate = false;
+  bool shared_residual = false;  // y = c₀·routed + c₁·shared with (c₀, c₁) = softmax(W·x), instead of their sum
   Execution execution = Execution::kAuto;
   std::vector<LossTerm> losses;
 };
@@ -64,6 +66,7 @@ class MoELayer : public Module {
   // The two halves, for blocks where several banks consume one decision.
   RouteOutput decide(const RouteInput& in, RouteState& state) const;
   Tensor shared_output(const Tensor& x_TD) const;  // undefined without shared experts
+  Tensor with_shared(const Tensor& routed_TD, const Tensor& x_TD) const;  // the layer's delta
 
   const Site& site() const { return site_; }
   Site& site() { return site_; }
@@ -73,7 +76,7 @@ class MoELayer : public Module {
   LayerSettings settings_;
   Site site_;
   std::shared_ptr<ExpertBank> shared_;
-  Tensor shared_gate_weight_1D_;
+  Tensor shared_gate_weight_1D_, shared_coefficient_weight_2D_;
 };
 
 // Statistics of every term for one decision.

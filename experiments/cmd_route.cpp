@@ -66,7 +66,7 @@ RouteResults route_tensors(const Table& config, RouteFile& file, const RouteArgu
   add_plan(results, out, rows);
   const std::vector<Tensor> values = loss_values(out, site);
   for (size_t i = 0; i < values.size(); ++i) results.push_back({"loss." + site.losses[i].label, values[i]});
-  add_state(results, "", tensors_of(*layer), without_axis);
+  add_state(results, "", outside_names(*layer, tensors_of(*layer)), without_axis);
   add_probes(results, out.routed, *site.router, rows);
   if (arguments.grad)
     add_gradients(results, *layer, x_TD, route_objective(file, rows, out.y_TD, values, site.losses), without_axis);

@@ -1,9 +1,10 @@
-// `moelab verify`: the conformance kit on registered routers, and on those of a plugin.
+// `moelab verify`: the conformance kit on registered routers and experts, and on those of a plugin.
 #include "experiments/cli.h"
 
 #include "core/error.h"
 #include "experiments/plugins.h"
 #include "experiments/text_table.h"
+#include "experiments/verify_expert.h"
 #include "experiments/verify_kit.h"
 
 #include <CLI/CLI.hpp>
@@ -19,41 +20,64 @@ namespace {
 struct VerifyArguments {
   std::vector<std::string> names;
   bool all = false;
+  bool experts = false;
   bool json = false;
   VerifySettings settings;
 };
 
-std::vector<std::string> registered_routers() {
+// What to verify, by name.
+struct Wanted {
+  std::vector<std::string> routers, experts;
+};
+
+template <class Entry>
+std::vector<std::string> registered_names() {
   std::vector<std::string> names;
-  for (const RouterEntry& entry : Registry<RouterEntry>::instance().all()) names.push_back(entry.name);
+  for (const Entry& entry : Registry<Entry>::instance().all()) names.push_back(entry.name);
   return names;
 }
 
-// The routers that a shared library brings.
-std::vector<std::string> routers_of_plugin(const std::string& path) {
-  const std::vector<std::string> before = registered_routers();
+template <class Entry>
+void append_new(std::vector<std::string>& to, const std::vector<std::string>& before) {
+  for (const std::string& name : registered_names<Entry>())
+    if (std::count(before.begin(), before.end(), name) == 0) to.push_back(name);
+}
+
+// The routers and experts that a shared library brings.
+void append_plugin(Wanted& wanted, const std::string& path) {
+  const auto routers = registered_names<RouterEntry>(), experts = registered_names<ExpertEntry>();
+  const size_t before = wanted.routers.size() + wanted.experts.size();
   load_plugin(path);
-  std::vector<std::string> names = registered_routers();
-  std::erase_if(names, [&](const std::string& name) { return std::count(before.begin(), before.end(), name) > 0; });
-  if (names.empty()) usage_error(fmt::format("verify: plugin '{}' registers no router", path));
-  return names;
+  append_new<RouterEntry>(wanted.routers, routers);
+  append_new<ExpertEntry>(wanted.experts, experts);
+  if (wanted.routers.size() + wanted.experts.size() == before)
+    usage_error(fmt::format("verify: plugin '{}' registers no router and no expert", path));
 }
 
-std::vector<std::string> wanted_routers(const VerifyArguments& arguments) {
-  if (arguments.all != arguments.names.empty()) usage_error("verify: name routers, or say --all");
-  if (arguments.all) return registered_routers();
-  std::vector<std::string> names;
-  for (const std::string& word : arguments.names) {
-    const std::vector<std::string> more = word.ends_with(".so") ? routers_of_plugin(word) : std::vector{word};
-    names.insert(names.end(), more.begin(), more.end());
-  }
-  for (const std::string& name : names) Registry<RouterEntry>::instance().find(name);  // before an hour of work, not after it
-  return names;
+// A name of both kinds means both; an unknown one is a router's, in the message too.
+void append_name(Wanted& wanted, const std::string& name) {
+  const bool expert = Registry<ExpertEntry>::instance().contains(name);
+  if (expert) wanted.experts.push_back(name);
+  if (!expert || Registry<RouterEntry>::instance().contains(name))
+    wanted.routers.push_back(Registry<RouterEntry>::instance().find(name).name);
+}
+
+Wanted wanted_plugins(const VerifyArguments& arguments) {
+  if (!arguments.names.empty() == (arguments.all || arguments.experts))
+    usage_error("verify: name routers or experts, or say --all (every router), --experts (every expert) or both");
+  Wanted wanted;
+  if (arguments.all) wanted.routers = registered_names<RouterEntry>();
+  if (arguments.experts) wanted.experts = registered_names<ExpertEntry>();
+  for (const std::string& word : arguments.names)  // all looked up before an hour of work, not after it
+    if (word.ends_with(".so")) append_plugin(wanted, word);
+    else append_name(wanted, word);
+  return wanted;
 }
 
 void check_property_names(const std::vector<std::string>& wanted) {
   std::vector<std::string> known;
   for (const Property& property : router_properties()) known.push_back(property.name);
+  for (const ExpertProperty& property : expert_properties()) known.push_back(property.name);
   for (const std::string& name : wanted)
     if (std::count(known.begin(), known.end(), name) == 0)
       usage_error(fmt::format("verify: there is no property '{}'{}", name, did_you_mean(name, known)));
@@ -70,10 +94,11 @@ nlohmann::ordered_json findings_json(const std::vector<Finding>& findings) {
   return list;
 }
 
-// One row per property, one column per router.
-std::string findings_table(const std::vector<Finding>& findings) {
+// One row per property, one column per router, or per expert.
+std::string findings_table(const std::vector<Finding>& findings, const char* kind) {
   TextRows rows{{"property"}};
   for (const Finding& finding : findings) {
+    if (finding.kind != kind) continue;
     auto& head = rows.front();
     if (std::count(head.begin(), head.end(), finding.name) == 0) head.push_back(finding.name);
     const auto row = std::find_if(rows.begin(), rows.end(),
@@ -81,7 +106,7 @@ std::string findings_table(const std::vector<Finding>& findings) {
     if (row == rows.end()) rows.push_back({finding.property, to_string(finding.verdict)});
     else row->push_back(to_string(finding.verdict));
   }
-  return aligned_text(rows);
+  return rows.size() == 1 ? "" : aligned_text(rows);
 }
 
 std::string reasons_text(const std::vector<Finding>& findings) {
@@ -102,12 +127,17 @@ std::string summary_line(const std::vector<Finding>& findings) {
 
 void run_verify(const VerifyArguments& arguments) {
   check_property_names(arguments.settings.only);
+  const Wanted wanted = wanted_plugins(arguments);
   std::vector<Finding> findings;
-  for (const std::string& name : wanted_routers(arguments))
-    for (Finding& finding : verify_router(Registry<RouterEntry>::instance().find(name), arguments.settings))
-      findings.push_back(std::move(finding));
+  const auto append = [&](const std::vector<Finding>& more) { findings.insert(findings.end(), more.begin(), more.end()); };
+  for (const std::string& name : wanted.routers)
+    append(verify_router(Registry<RouterEntry>::instance().find(name), arguments.settings));
+  for (const std::string& name : wanted.experts)
+    append(verify_expert(Registry<ExpertEntry>::instance().find(name), arguments.settings));
   if (arguments.json) fmt::print("{}\n", findings_json(findings).dump(2));
-  else fmt::print("{}{}{}", findings_table(findings), reasons_text(findings), summary_line(findings));
+  else
+    fmt::print("{}{}{}{}", findings_table(findings, "router"), findings_table(findings, "expert"), reasons_text(findings),
+               summary_line(findings));
   const int64_t failed = count_of(findings, Verdict::kFail);
   if (failed > 0) throw Error(ExitCode::kBug, fmt::format("verify: {} of {} results are failures", failed, findings.size()));
 }
@@ -115,19 +145,23 @@ void run_verify(const VerifyArguments& arguments) {
 std::string properties_footer() {
   TextRows rows;
   for (const Property& property : router_properties()) rows.push_back({property.name, property.doc});
-  return "Properties:\n" + aligned_text(rows, 2) + "\nExample: moelab verify switch gshard --cases 200";
+  std::string text = "Properties of routers:\n" + aligned_text(rows, 2);
+  rows.clear();
+  for (const ExpertProperty& property : expert_properties()) rows.push_back({property.name, property.doc});
+  return text + "\nProperties of experts:\n" + aligned_text(rows, 2) + "\nExample: moelab verify switch ffn --cases 200";
 }
 
 }  // namespace
 
 void add_verify_command(CLI::App& app) {
   const auto arguments = std::make_shared<VerifyArguments>();
-  CLI::App* verb = app.add_subcommand("verify", "check that routers hold what every router has to");
-  verb->add_option("NAME", arguments->names, "routers, or shared libraries (.so) with routers of your own");
+  CLI::App* verb = app.add_subcommand("verify", "check that routers and experts hold what every one has to");
+  verb->add_option("NAME", arguments->names, "routers or experts, or shared libraries (.so) with some of your own");
   verb->add_flag("--all", arguments->all, "every registered router");
+  verb->add_flag("--experts", arguments->experts, "every registered kind of expert");
   verb->add_option("--property", arguments->settings.only, "only this property; may be repeated")->take_all();
   verb->add_flag("--defaults", arguments->settings.defaults_only, "options at their defaults alone");
-  verb->add_option("--cases", arguments->settings.cases, "random cases of the property `executors`")
+  verb->add_option("--cases", arguments->settings.cases, "random cases of the properties that compare executors")
       ->check(CLI::PositiveNumber);
   verb->add_option("--seed", arguments->settings.seed, "of the random cases");
   verb->add_flag("--json", arguments->json, "print one JSON document");

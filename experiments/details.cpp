@@ -10,6 +10,7 @@
 #include "trainers/objective.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
 
 #include <cmath>
@@ -105,9 +106,24 @@ Json router_details(const std::string& name) {
 Json expert_details(const std::string& name) {
   const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(name);
   const auto bank = make_experts(name, default_expert_spec(entry, kExampleWidth, kExampleExperts));
+  Json tensors = Json::array();
+  for (const NamedTensor& stacked : bank->groups().front().stacked)
+    tensors.push_back(
+        {{"name", "experts." + stacked.name}, {"shape", fmt::format("[{}]", fmt::join(stacked.tensor.sizes(), ","))}});
+  Json plans = Json::array();
+  for (const PlanForm form : {PlanForm::kSparse, PlanForm::kSoft, PlanForm::kMerge}) {
+    const std::string reason = bank->refuses(form);
+    plans.push_back({{"form", to_string(form)}, {"works", reason.empty()}, {"reason", reason}});
+  }
+  Json differences = entry.differences;
+  if (entry.differences.empty()) differences = Json::array({"none known"});
   return {{"equation", entry.equation},
+          {"differences", differences},
           {"size", fmt::format("{} parameters and {} FLOPs per row for each expert at width {} with default options",
-                               bank->parameters_per_expert(0), bank->flops_per_row(0), kExampleWidth)}};
+                               bank->parameters_per_expert(0), bank->flops_per_row(0), kExampleWidth)},
+          {"tensors", tensors},
+          {"tensors_at", fmt::format("width = {}, experts = {}", kExampleWidth, kExampleExperts)},
+          {"plans", plans}};
 }
 
 Json loss_details(const std::string& name) {

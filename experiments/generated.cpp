@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "experiments/catalogue.h"
+#include "experiments/expert_compat.h"
 #include "experiments/text_table.h"
 
 #include <fmt/format.h>
@@ -57,6 +58,7 @@ TextRows plain_rows(const std::string& kind) {
 
 std::string generated_table(const std::string& kind) {
   if (kind == "routers") return markdown_table(router_rows());
+  if (kind == "experts and routers") return compat_markdown();
   if (kind == "metrics") return markdown_table(metric_rows());
   if (kind == "models") return markdown_table(model_rows());
   return markdown_table(kind == "losses" ? loss_rows() : plain_rows(kind));

@@ -252,6 +252,23 @@ std::vector<NamedTensor> tensors_of(const Module& module) {
   return all;
 }
 
+std::vector<NamedTensor> outside_names(const MoELayer& layer, const std::vector<NamedTensor>& tensors) {
+  std::map<std::string, std::pair<int64_t, std::string>>
+      grouped;  // live name -> global id of slot 0, and the parameter's own name
+  for (const ExpertGroup& group : layer.site().bank->groups())
+    for (const NamedTensor& stacked : group.stacked)
+      if (!group.prefix.empty()) grouped["experts." + group.prefix + stacked.name] = {group.first, stacked.name};
+  std::vector<NamedTensor> outside;
+  for (const NamedTensor& entry : tensors) {
+    const auto found = grouped.find(entry.name);
+    if (found == grouped.end()) outside.push_back(entry);
+    else for (int64_t slot = 0; slot < entry.tensor.size(0); ++slot)
+        outside.push_back(
+            {fmt::format("experts.{}.{}", found->second.first + slot, found->second.second), entry.tensor.select(0, slot)});
+  }
+  return outside;
+}
+
 std::vector<AcceptedTensor> accepted_inputs(const MoELayer& layer) {
   const Router& router = *layer.site().router;
   const auto channel = [](const char* name, const char* meaning) {
@@ -277,7 +294,7 @@ void check_inputs(const RouteFile& file, const MoELayer& layer) {
   std::set<std::string> known{"noise"};
   const std::vector<AcceptedTensor> inputs = accepted_inputs(layer);
   for (const AcceptedTensor& input : inputs) known.insert(input.name);
-  for (const NamedTensor& own : tensors_of(layer)) known.insert(own.name);
+  for (const NamedTensor& own : outside_names(layer, tensors_of(layer))) known.insert(own.name);
   file.refuse_unknown(known);
   for (const AcceptedTensor& input : inputs)
     if (!input.name.starts_with("noise")) file.check(input);
@@ -286,7 +303,7 @@ void check_inputs(const RouteFile& file, const MoELayer& layer) {
 std::set<std::string> replace_tensors(const RouteFile& file, const MoELayer& layer) {
   const at::NoGradGuard no_grad;
   std::set<std::string> without_axis;
-  for (const NamedTensor& own : tensors_of(layer)) {
+  for (const NamedTensor& own : outside_names(layer, tensors_of(layer))) {
     if (!file.has(own.name)) continue;
     Tensor given = file.find(own.name);
     if (given.scalar_type() != own.tensor.scalar_type())

@@ -31,6 +31,10 @@ std::unique_ptr<MoELayer> make_route_layer(const Table& root, int64_t width, at:
 // Parameters, then buffers.
 std::vector<NamedTensor> tensors_of(const Module& module);
 
+// The layer's parameters and buffers, or others under the same names, as outside programs name them: where experts are unequal, a
+// view "experts.<e>.<name>" for each instead of the stacked tensors of their groups.
+std::vector<NamedTensor> outside_names(const MoELayer& layer, const std::vector<NamedTensor>& tensors);
+
 // What IN may hold beside the layer's own tensors. Sizes that the layer knows are numbers.
 std::vector<AcceptedTensor> accepted_inputs(const MoELayer& layer);
 

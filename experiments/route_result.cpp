@@ -95,7 +95,7 @@ void add_gradients(RouteResults& results, const MoELayer& layer, const Tensor& x
   results.push_back({"grad.x", gradient_of(x_TD)});
   std::vector<NamedTensor> gradients = layer.parameters();
   for (NamedTensor& parameter : gradients) parameter.tensor = gradient_of(parameter.tensor);
-  add_state(results, "grad.", gradients, without_axis);
+  add_state(results, "grad.", outside_names(layer, gradients), without_axis);
 }
 
 void add_state(RouteResults& results, const std::string& prefix, const std::vector<NamedTensor>& tensors,

@@ -60,7 +60,8 @@ json route_signature(const Table& root) {
   const auto large = make_route_layer(root, kLargeWidth, at::kFloat);
   json list = json::array();
   for (const AcceptedTensor& input : accepted_inputs(*small)) add_input(list, input);
-  add_entries(list, small->parameters(), large->parameters(), "parameter; default: its initial value");
+  add_entries(list, outside_names(*small, small->parameters()), outside_names(*large, large->parameters()),
+              "parameter; default: its initial value");
   add_entries(list, small->buffers(), large->buffers(), "buffer; default: its initial value");
   return list;
 }

@@ -5,7 +5,6 @@
 namespace moelab {
 namespace {
 
-// @NAME@ becomes my_router, @CLASS@ becomes MyRouter.
 constexpr const char* kRouterSource = R"cpp(// Title of the paper
 // Authors, year, arXiv id
 //
@@ -117,13 +116,13 @@ void replace_all(std::string& text, const std::string& what, const std::string& 
   for (size_t at = 0; (at = text.find(what, at)) != std::string::npos; at += with.size()) text.replace(at, what.size(), with);
 }
 
+}  // namespace
+
 std::string filled_in(std::string text, const std::string& name) {
   replace_all(text, "@NAME@", name);
   replace_all(text, "@CLASS@", camel_case(name));
   return text;
 }
-
-}  // namespace
 
 std::vector<SkeletonFile> router_skeleton(const std::string& name) {
   return {{"routers/" + name + ".cpp", filled_in(kRouterSource, name)},

@@ -1,4 +1,4 @@
-// The three files that `moelab new router NAME` writes.
+// The three files that `moelab new router NAME` and `moelab new expert NAME` write.
 #pragma once
 
 #include <string>
@@ -11,6 +11,10 @@ struct SkeletonFile {
   std::string text;
 };
 
+// @NAME@ becomes my_router, @CLASS@ becomes MyRouter.
+std::string filled_in(std::string text, const std::string& name);
+
 std::vector<SkeletonFile> router_skeleton(const std::string& name);
+std::vector<SkeletonFile> expert_skeleton(const std::string& name);
 
 }  // namespace moelab

@@ -6,6 +6,8 @@
 // The ReLU form is that of Shazeer et al. 2017 (arXiv 1701.06538) and Lepikhin et al. 2020 (GShard, 2006.16668), SwiGLU that
 // of Shazeer 2020 (2002.05202). Biases are off unless asked for, and start at 0.
 //
+// Experts may differ in width (Wang et al. 2024, HMoE, 2408.10681): `widths` says one for each.
+//
 // Initial weights: N(0, 1/fan_in), output weights times `output_scale`; drawn per (parameter, expert), so that an expert's
 // start does not depend on how many others there are.
 //
@@ -21,6 +23,9 @@
 #include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <cmath>
 
 namespace moelab {
@@ -56,7 +61,7 @@ class FfnBank : public ExpertBank {
  public:
   explicit FfnBank(const ExpertSpec& spec)
       : activation_(ffn_activation(spec.options.text("activation"))), bias_(spec.options.flag("bias")), width_(spec.width),
-        hidden_(hidden_width(spec.options.integer("width"), spec.width)) {
+        hidden_(hidden_width(spec.options.integer("width"), spec.width)), first_(spec.first) {
     groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
     if (gated()) {
       add_map("gate", spec, hidden_, width_, 1);
@@ -93,7 +98,7 @@ class FfnBank : public ExpertBank {
     for (const FfnMap& map : maps_) {
       const Tensor weight_OI = map.weight_EOI.select(0, expert);
       const double std = map.scale / std::sqrt(static_cast<double>(weight_OI.size(1)));
-      weight_OI.copy_(normal_tensor(key.with(map.name, expert), weight_OI.sizes(), std, weight_OI.scalar_type()));
+      weight_OI.copy_(normal_tensor(key.with(map.name, first_ + expert), weight_OI.sizes(), std, weight_OI.scalar_type()));
       if (bias_) map.bias_EO.select(0, expert).zero_();
     }
   }
@@ -121,18 +126,53 @@ class FfnBank : public ExpertBank {
   FfnActivation activation_;
   bool bias_;
   int64_t width_, hidden_;
+  int64_t first_;  // global id of expert 0
   std::vector<FfnMap> maps_;
 };
+
+const OptionSpecs& ffn_options() {
+  static const OptionSpecs specs{
+      {.name = "activation",
+       .default_value = std::string("relu"),
+       .doc = "gelu is the exact form (erf)",
+       .choices = {"relu", "gelu", "gelu_tanh", "swiglu"}},
+      {.name = "width", .default_value = int64_t{0}, .doc = "hidden width of one expert; 0 = 4·D", .min = 0},
+      {.name = "widths",
+       .default_value = std::vector<int64_t>{},
+       .doc = "hidden width of each expert, where they differ; goes before width"},
+      {.name = "bias", .default_value = false, .doc = "add a bias after every linear map"}};
+  return specs;
+}
+
+std::string ffn_refusal(const ExpertSpec& spec) {
+  const std::vector<int64_t>& widths = spec.options.integers("widths");
+  if (widths.empty()) return "";
+  if (static_cast<int64_t>(widths.size()) != spec.experts)
+    return fmt::format("widths lists {} widths for {} experts; give one for each, room to grow included", widths.size(),
+                       spec.experts);
+  return std::all_of(widths.begin(), widths.end(), [](int64_t width) { return width > 0; }) ? "" : "widths must be at least 1";
+}
+
+std::vector<Options> ffn_widths(const ExpertSpec& spec) {
+  std::vector<Options> each(static_cast<size_t>(spec.experts), Options(ffn_options()));
+  const std::vector<int64_t>& widths = spec.options.integers("widths");
+  for (size_t e = 0; e < each.size(); ++e)
+    for (const OptionSpec& own : ffn_options())
+      if (own.name == "width" && !widths.empty()) each[e].set(own, widths[e]);
+      else if (own.name != "widths") each[e].set(own, spec.options.all().at(own.name));
+  return each;
+}
 
 const Registration<ExpertEntry> registration{{
     .name = "ffn",
     .title = "Feed-forward experts",
     .citation = "Shazeer et al. 2017, arXiv 1701.06538; SwiGLU: Shazeer 2020, arXiv 2002.05202",
     .equation = "y = w_out·act(w_in·x + b_in) + b_out; swiglu: y = w_down·(silu(w_gate·x) ∘ (w_up·x))",
-    .options = {{.name = "activation", .default_value = std::string("relu"), .doc = "gelu is the exact form (erf)",
-                 .choices = {"relu", "gelu", "gelu_tanh", "swiglu"}},
-                {.name = "width", .default_value = int64_t{0}, .doc = "hidden width of one expert; 0 = 4·D", .min = 0},
-                {.name = "bias", .default_value = false, .doc = "add a bias after every linear map"}},
+    .differences = {"Shazeer et al. and GShard know ReLU alone"},
+    .options = ffn_options(),
+    .verified_with = {{{"widths", std::vector<int64_t>{5, 3, 3, 8}}}, {{"activation", std::string("swiglu")}, {"bias", true}}},
+    .refuses = ffn_refusal,
+    .per_expert = ffn_widths,
     .make = [](ExpertSpec spec) { return std::make_unique<FfnBank>(spec); },
 }};
 

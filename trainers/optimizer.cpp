@@ -126,6 +126,16 @@ void Optimizer::copy_slice(const ExpertBank::Slice& from, const ExpertBank::Slic
   if (source.second.defined()) same_part(target.second, to).copy_(same_part(source.second, from));
 }
 
+std::vector<Tensor> Optimizer::moments(const ExpertBank::Slice& slice) const {
+  std::vector<Tensor> parts;
+  for (const Entry& entry : entries_) {
+    if (!entry.parameter.is_alias_of(slice.stacked)) continue;
+    for (const Tensor& moment : {entry.first, entry.second})
+      if (moment.defined()) parts.push_back(same_part(moment, slice));
+  }
+  return parts;
+}
+
 std::vector<NamedTensor> Optimizer::state() const {
   std::vector<NamedTensor> all;
   for (const Entry& entry : entries_) {

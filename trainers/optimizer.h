@@ -25,6 +25,9 @@ class Optimizer {
   void reset_slice(const ExpertBank::Slice& slice);
   void copy_slice(const ExpertBank::Slice& from, const ExpertBank::Slice& to);
 
+  // The slice's part of each moment, where the optimiser knows its parameter; writes reach the moments.
+  std::vector<Tensor> moments(const ExpertBank::Slice& slice) const;
+
   // Everything a checkpoint must keep: "m.<name>", "v.<name>", "step.<name>", in the order of the parameters.
   std::vector<NamedTensor> state() const;
 

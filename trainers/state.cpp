@@ -11,31 +11,36 @@
 namespace moelab {
 namespace {
 
-// Full name of each stacked expert tensor -> global id of its slot 0.
-std::map<std::string, int64_t> stacked_names(const Model& model) {
-  std::map<std::string, int64_t> first;
-  for (const Site* site : model.sites())
-    for (const ExpertGroup& group : site->bank->groups())
-      for (const NamedTensor& stacked : group.stacked) first[site->path + ".experts." + stacked.name] = group.first;
-  return first;
-}
+// One stacked tensor of a site's experts in the file: "<path>.<expert>.<name>".
+struct StackedName {
+  std::string path;  // "layers.3.moe.experts"
+  std::string name;  // "w_in"
+  int64_t first = 0;  // global id of slot 0
+  std::string of(int64_t slot) const { return fmt::format("{}.{}.{}", path, first + slot, name); }
+};
 
-// "layers.3.moe.experts.w_in" -> "layers.3.moe.experts.17.w_in"
-std::string expert_name(const std::string& stacked, int64_t expert) {
-  const size_t dot = stacked.rfind('.');
-  return fmt::format("{}.{}.{}", stacked.substr(0, dot), expert, stacked.substr(dot + 1));
+// By the full name of the live tensor.
+std::map<std::string, StackedName> stacked_names(const Model& model) {
+  std::map<std::string, StackedName> names;
+  for (const Site* site : model.sites()) {
+    const std::string path = site->path + ".experts";
+    for (const ExpertGroup& group : site->bank->groups())
+      for (const NamedTensor& stacked : group.stacked)
+        names[path + "." + group.prefix + stacked.name] = {path, stacked.name, group.first};
+  }
+  return names;
 }
 
 // Views into the live tensors under the names of the file. `prefix` is "m." or "v." for moments.
 void append_views(std::vector<NamedTensor>& out, const NamedTensor& entry, const std::string& prefix,
-                  const std::map<std::string, int64_t>& stacked) {
+                  const std::map<std::string, StackedName>& stacked) {
   const auto found = stacked.find(entry.name.substr(prefix.size()));
   if (found == stacked.end()) {
     out.push_back(entry);
     return;
   }
   for (int64_t slot = 0; slot < entry.tensor.size(0); ++slot)
-    out.push_back({expert_name(entry.name, found->second + slot), entry.tensor.select(0, slot)});
+    out.push_back({prefix + found->second.of(slot), entry.tensor.select(0, slot)});
 }
 
 std::vector<NamedTensor> model_views(const Model& model) {

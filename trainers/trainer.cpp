@@ -4,6 +4,7 @@
 #include "core/io/checkpoint.h"
 #include "trainers/signals.h"
 #include "trainers/state.h"
+#include "trainers/surgery.h"
 
 #include <ATen/core/grad_mode.h>
 
@@ -32,15 +33,6 @@ std::vector<bool> masked_experts(const Site& site) {
   const Tensor active_E = site.router->active_experts_E();
   for (size_t e = 0; active_E.defined() && e < masked.size(); ++e) masked[e] = !active_E[static_cast<int64_t>(e)].item<bool>();
   return masked;
-}
-
-// An expert's own parameters that can move, and its rows of the router's where they are asked for.
-std::vector<ExpertBank::Slice> slices_of(const Site& site, int64_t expert, bool with_router) {
-  std::vector<ExpertBank::Slice> all = site.bank->slices(expert);
-  if (with_router)
-    for (const Tensor& rows : site.router->per_expert_tensors()) all.push_back({rows, expert});
-  std::erase_if(all, [](const ExpertBank::Slice& slice) { return !slice.stacked.requires_grad(); });
-  return all;
 }
 
 // What must not move: masked experts with their router rows, and experts without a token where the config says so.
@@ -172,14 +164,10 @@ void Trainer::apply(Site& site, const Event& event) {
     for (const NamedTensor& parameter : site.router->parameters())
       for (const std::string& name : event.tensors)
         if (parameter.name == name) parameter.tensor.requires_grad_(event.kind == Event::Kind::kUnfreeze);
-  if (event.kind != Event::Kind::kExpertAdded) return;  // a removed expert is masked: its slot waits for the next one
-  if (event.source >= 0) site.bank->clone_expert(event.source, event.expert);
-  else site.bank->reset_expert(event.expert, random_key(settings_.seed, "added expert").with(site.path, step_));
-  for (const ExpertBank::Slice& slice : slices_of(site, event.expert, /*with_router=*/true)) optimizer_.reset_slice(slice);
-  if (event.source < 0 || !event.with_moments) return;
-  const auto from = slices_of(site, event.source, /*with_router=*/false);
-  const auto to = slices_of(site, event.expert, /*with_router=*/false);
-  for (size_t i = 0; i < to.size(); ++i) optimizer_.copy_slice(from[i], to[i]);
+  if (event.kind == Event::Kind::kExpertRemoved) remove_expert(site, optimizer_, event.expert);
+  if (event.kind != Event::Kind::kExpertAdded) return;
+  if (event.source >= 0) clone_expert(site, optimizer_, event.source, event.expert, event.with_moments);
+  else reset_expert(site, optimizer_, event.expert, random_key(settings_.seed, "added expert").with(site.path, step_));
 }
 
 Request Trainer::observe(const StepResult& result, double lr, double norm) {

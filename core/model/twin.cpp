@@ -1,8 +1,11 @@
 #include "core/model/twin.h"
 
 #include "core/error.h"
+#include "core/layer_tables.h"
 
 #include <fmt/format.h>
+
+#include <algorithm>
 
 namespace moelab {
 namespace {
@@ -17,6 +20,15 @@ void set_declared(Options& options, const ExpertEntry& entry, const std::string&
   const OptionSpec* spec = declared_option(entry, name);
   check_invariant(spec != nullptr, "experts '" + entry.name + "' have no option '" + name + "'");
   options.set(*spec, std::move(value));
+}
+
+// Hidden units of all routed experts; kinds without a width have none.
+int64_t routed_width(const LayerSettings& layer) {
+  int64_t sum = 0;
+  for (const ExpertPart& part : routed_parts(layer))
+    if (part.options.declared("width"))
+      sum += part.experts * hidden_width(part.options.integer("width"), layer.expert_spec.width);
+  return sum;
 }
 
 int64_t active_experts(const Table& tables, const LayerSettings& layer) {
@@ -35,7 +47,7 @@ DenseSettings dense_expert(const std::string& name, ExpertSpec spec, int64_t wid
   const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(name);
   Options options(entry.options);
   for (const OptionSpec& own : entry.options)
-    if (spec.options.declared(own.name)) options.set(own, spec.options.all().at(own.name));
+    if (spec.options.declared(own.name) && own.name != "widths") options.set(own, spec.options.all().at(own.name));
   set_declared(options, entry, "width", width);
   if (!activation.empty()) set_declared(options, entry, "activation", activation);
   spec.options = std::move(options);
@@ -50,8 +62,9 @@ DenseSettings dense_twin(const Table& tables, const LayerSettings& layer, const 
   const ExpertSpec& expert = layer.expert_spec;
   const int64_t each = hidden_width(expert.options.integer("width"), expert.width);
   const int64_t shared = layer.shared_count * (layer.shared_width > 0 ? layer.shared_width : each);
-  const int64_t routed = twin == "dense_active" ? active_experts(tables, layer) : layer.router_spec.max_experts;
-  return dense_expert(layer.expert, expert, routed * each + shared);
+  int64_t routed = routed_width(layer);
+  if (twin == "dense_active") routed = active_experts(tables, layer) * routed / layer.router_spec.max_experts;
+  return dense_expert(layer.expert, expert, std::max<int64_t>(1, routed + shared));
 }
 
 }  // namespace moelab

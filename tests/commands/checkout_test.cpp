@@ -29,6 +29,23 @@ TEST_CASE("new router writes a source, a test and an experiment") {
   CHECK(!contains(text_of(folder / "tests/routers/my_router2_test.cpp"), "@"));
 }
 
+TEST_CASE("new expert writes a source, a test and an experiment, and knows the names that are taken") {
+  const ScratchFolder folder;
+  lay_out_checkout(folder);
+  std::filesystem::create_directories(folder / "experts");
+  std::filesystem::create_directories(folder / "tests/experts");
+  REQUIRE(moelab_in(folder.path(), {"new", "expert", "my_expert2"}).code == 0);
+  CHECK(folder.files() == std::vector<std::string>{"experiments/base/lm_tiny.toml", "experiments/experts/my_expert2.toml",
+                                                   "experts/my_expert2.cpp", "tests/experts/my_expert2_test.cpp"});
+  CHECK(contains(text_of(folder / "experts/my_expert2.cpp"), "class MyExpert2Bank : public ExpertBank"));
+  CHECK(contains(text_of(folder / "tests/experts/my_expert2_test.cpp"), "fill in"));
+  for (const std::string& file : folder.files()) CHECK(!contains(text_of(folder / file), "@"));
+  CHECK(contains(moelab_run({"check", folder / "experiments/experts/my_expert2.toml"}).err, "nothing is named 'my_expert2'"));
+  CHECK(moelab_in(folder.path(), {"new", "expert", "ffn"}).err ==
+        "moelab: there is an expert 'ffn' already; take another name\n");
+  CHECK(moelab_in(folder.path(), {"new", "expert", "My"}).code == 2);
+}
+
 TEST_CASE("the experiment of a new router is refused only because the program does not know the router yet") {
   const ScratchFolder folder;
   lay_out_checkout(folder);

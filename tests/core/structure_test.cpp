@@ -1,4 +1,5 @@
 // The house rules that a compiler does not check.
+#include "core/expert.h"
 #include "core/router.h"
 
 #include <catch2/catch_test_macros.hpp>
@@ -62,9 +63,10 @@ namespace {
 
 using Names = std::set<std::string>;
 
+template <class Entry>
 Names registered_names() {
   Names names;
-  for (const RouterEntry& entry : Registry<RouterEntry>::instance().all()) names.insert(entry.name);
+  for (const Entry& entry : Registry<Entry>::instance().all()) names.insert(entry.name);
   return names;
 }
 
@@ -85,14 +87,14 @@ std::vector<std::string> lines_of(const fs::path& path) {
   return lines;
 }
 
-// First cells of the generated table of routers.
-Names names_in_table(const fs::path& path) {
+// First cells of a generated table.
+Names names_in_table(const fs::path& path, const std::string& kind = "routers") {
   const std::regex row("^\\| `([a-z0-9_]+)` \\|.*");
   Names names;
   bool inside = false;
   for (const std::string& line : lines_of(path)) {
     std::smatch found;
-    if (line.starts_with("<!-- ")) inside = line == "<!-- generated: routers -->";
+    if (line.starts_with("<!-- ")) inside = line == "<!-- generated: " + kind + " -->";
     if (inside && std::regex_match(line, found, row)) names.insert(found[1]);
   }
   return names;
@@ -123,7 +125,7 @@ bool is_part_of_another(const std::string& test, const Names& routers) {
 TEST_CASE("roll call: the registry, the files, the tests, the table in README.md and the experiments hold the same routers") {
   const Names files = stems_in("routers", ".cpp");
   REQUIRE(files.size() >= 20);
-  require_same(registered_names(), files, "the registry", "a router is registered under the stem of its file");
+  require_same(registered_names<RouterEntry>(), files, "the registry", "a router is registered under the stem of its file");
   Names tested;
   for (const std::string& name : stems_in("tests/routers", "_test.cpp"))
     if (name != "edges" && !is_part_of_another(name, files)) tested.insert(name);
@@ -132,6 +134,36 @@ TEST_CASE("roll call: the registry, the files, the tests, the table in README.md
     require_same(names_in_table(kSource / readme), files, std::string("the table in ") + readme, "run `make docs`");
   require_same(stems_in("experiments/routers", ".toml"), files, "experiments/routers",
                "a router has experiments/routers/<name>.toml, which `moelab new router` writes");
+}
+
+// Tests beside those of one kind: banks of several, the table, and the two kinds that share a file with another.
+TEST_CASE("roll call: the registry, the files, the tests and the table in experts/README.md hold the same experts") {
+  const Names files = stems_in("experts", ".cpp");
+  REQUIRE(files.size() >= 5);
+  require_same(registered_names<ExpertEntry>(), files, "the registry", "experts are registered under the stem of their file");
+  Names tested;
+  for (const std::string& name : stems_in("tests/experts", "_test.cpp"))
+    if (name == "zero_cost") tested.merge(Names{"zero", "identity", "constant"});
+    else if (name != "mixed" && name != "compat") tested.insert(name);
+  require_same(tested, files, "tests/experts", "experts have tests/experts/<name>_test.cpp");
+  require_same(names_in_table(kSource / "experts/README.md", "experts"), files, "the table in experts/README.md",
+               "run `make docs`");
+}
+
+TEST_CASE("an experiment of experts extends a base, changes experts, and is under 15 lines") {
+  const Names names = stems_in("experiments/experts", ".toml");
+  REQUIRE(names.size() >= 5);
+  for (const std::string& name : names) {
+    const std::vector<std::string> lines = lines_of(kSource / "experiments/experts" / (name + ".toml"));
+    CAPTURE(name);
+    CHECK(lines.size() <= 15);
+    const auto says = [&](const std::string& start) {
+      return std::any_of(lines.begin(), lines.end(), [&](const std::string& line) { return line.starts_with(start); });
+    };
+    CHECK(says("extends = \"../base/"));
+    CHECK((says("[moe.expert]") || says("[[moe.expert.group]]") || says("[moe.shared]")));
+    CHECK(std::find(lines.begin(), lines.end(), "name = \"" + name + "\"") != lines.end());
+  }
 }
 
 TEST_CASE("an experiment of a router extends a base, says which router it is for, and is under 15 lines") {

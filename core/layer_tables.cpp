@@ -1,0 +1,167 @@
+#include "core/layer_tables.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace moelab {
+namespace {
+
+const OptionSpec* find_option(const OptionSpecs& specs, const std::string& name) {
+  const auto found = std::find_if(specs.begin(), specs.end(), [&](const OptionSpec& spec) { return spec.name == name; });
+  return found == specs.end() ? nullptr : &*found;
+}
+
+OptionSpecs shared_options() {
+  return {
+      option("count", 0, "shared experts that every row uses").at_least(0),
+      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0),
+      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)"),
+      option("residual", false, "mix routed and shared output by softmax(x·coefficient_weight) instead of adding them (PR-MoE)"),
+  };
+}
+
+// A group says what differs from [moe.expert], where both are of one kind.
+Options group_options(const Table& group, const ExpertEntry& entry, const LayerSettings& settings) {
+  OptionSpecs specs = with_name(entry.options);
+  specs.push_back(option("count", 1, "experts of this group").at_least(1));
+  if (entry.name == settings.expert)
+    for (OptionSpec& spec : specs)
+      if (settings.expert_spec.options.was_set(spec.name)) spec.default_value = settings.expert_spec.options.all().at(spec.name);
+  return group.options(specs);
+}
+
+// What the factory sees: the entry's own options, so that groups that say the same in two ways are one.
+Options own_options(const OptionSpecs& specs, const Options& given) {
+  Options own(specs);
+  for (const OptionSpec& spec : specs) own.set(spec, given.all().at(spec.name));
+  return own;
+}
+
+std::vector<ExpertPart> read_groups(const Table& table, const LayerSettings& settings) {
+  std::vector<ExpertPart> parts;
+  int64_t count = 0;
+  for (const Table& group : table.array("group")) {
+    const std::string name = plugin_name(group, settings.expert.c_str());
+    const auto& entry = find_plugin<ExpertEntry>(group, name);
+    const Options options = group_options(group, entry, settings);
+    parts.push_back({name, options.integer("count"), own_options(entry.options, options)});
+    count += parts.back().experts;
+  }
+  const int64_t experts = settings.expert_spec.experts;
+  if (!parts.empty() && count != experts)
+    table.fail("group",
+               fmt::format("the groups hold {} experts, but the layer has {}; their counts must add up to it", count, experts));
+  return parts;
+}
+
+std::vector<ExpertPart> parts_of(const LayerSettings& settings) {
+  if (!settings.mixed.empty()) return settings.mixed;
+  return {{settings.expert, settings.expert_spec.experts, settings.expert_spec.options}};
+}
+
+// One expert of each kind and shape: what a plan may be refused for, without the memory of all.
+std::unique_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertSpec spec) {
+  for (ExpertPart& part : uniform) part.experts = 1;
+  spec.experts = static_cast<int64_t>(uniform.size());
+  return make_mixed_experts(uniform, spec);
+}
+
+// Options may change the form of a router's plans in evaluation, and only an instance knows; it is not made without need.
+bool surely_sparse(const LayerSettings& settings) {
+  const RouterEntry& router = Registry<RouterEntry>::instance().find(settings.router);
+  const Options& options = settings.router_spec.options;
+  const bool as_usual = std::none_of(router.options.begin(), router.options.end(),
+                                     [&](const OptionSpec& own) { return options.was_set(own.name); });
+  return as_usual && router.facts.plan_in(Mode::kTrain) == PlanForm::kSparse &&
+         router.facts.plan_in(Mode::kEval) == PlanForm::kSparse;
+}
+
+void refuse_unfit_plans(const Table& table, const LayerSettings& settings) {
+  if (surely_sparse(settings)) return;
+  const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
+  if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
+  const auto bank = sample_bank(routed_parts(settings), settings.expert_spec);
+  for (const Mode mode : {Mode::kTrain, Mode::kEval})
+    if (const std::string reason = bank->refuses(facts.plan_in(mode)); !reason.empty())
+      table.fail("name", fmt::format("router '{}' {} in {}: {}", settings.router,
+                                     facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts"
+                                                                             : "cannot use these experts",
+                                     to_string(mode), reason));
+}
+
+// The kind that shared experts are of, and its option for the width.
+const OptionSpec& shared_width_option(const LayerSettings& settings) {
+  const OptionSpec* width = find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "width");
+  check_invariant(width != nullptr, "experts '" + settings.expert + "' cannot be shared: they have no width");
+  return *width;
+}
+
+void read_shared(const Table& table, LayerSettings& settings) {
+  const Options shared = table.options(shared_options());
+  settings.shared_count = shared.integer("count");
+  settings.shared_width = shared.integer("width");
+  settings.shared_gate = shared.flag("gate");
+  settings.shared_residual = shared.flag("residual");
+  if (settings.shared_residual && settings.shared_gate)
+    table.fail("residual", "gate and residual are two ways to weigh the shared output; set one of them");
+  if (settings.shared_count > 0 && !find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "width"))
+    table.fail("count",
+               fmt::format("experts '{}' cannot be shared: they have no width; name a kind with one in [moe.expert] and the "
+                           "routed kinds in [[moe.expert.group]]",
+                           settings.expert));
+  if (settings.shared_residual && settings.shared_count == 0)
+    table.fail("residual", "residual mixes with shared experts, and there are none; set count");
+}
+
+}  // namespace
+
+std::string plugin_name(const Table& table, const char* fallback) {
+  return table.options({option("name", fallback, "which plugin")}, table.keys()).text("name");
+}
+
+OptionSpecs with_name(const OptionSpecs& own) {
+  OptionSpecs all{option("name", "", "which plugin")};
+  all.insert(all.end(), own.begin(), own.end());
+  return all;
+}
+
+void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings) {
+  const Table table = moe.child("expert");
+  settings.expert = plugin_name(table, "ffn");
+  const auto& entry = find_plugin<ExpertEntry>(table, settings.expert);
+  spec.options = table.options(with_name(entry.options), {"group"});
+  settings.expert_spec = std::move(spec);
+  settings.mixed = read_groups(table, settings);
+  try {
+    routed_parts(settings);
+  } catch (const Error& error) {
+    table.fail("name", error.what());
+  }
+  refuse_unfit_plans(table, settings);
+  read_shared(moe.child("shared"), settings);
+}
+
+std::vector<ExpertPart> routed_parts(const LayerSettings& settings) {
+  return uniform_parts(parts_of(settings), settings.expert_spec);
+}
+
+std::shared_ptr<ExpertBank> routed_bank(const LayerSettings& settings) {
+  return make_mixed_experts(routed_parts(settings), settings.expert_spec);
+}
+
+// The shared experts are one expert of width count·width: the same function, in one product.
+std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings) {
+  if (settings.shared_count == 0) return nullptr;
+  ExpertSpec spec = settings.expert_spec;
+  spec.experts = 1;
+  spec.init = spec.init.with("shared");
+  const int64_t routed = hidden_width(spec.options.integer("width"), spec.width);
+  const int64_t each = settings.shared_width > 0 ? settings.shared_width : routed;
+  spec.options.set(shared_width_option(settings), settings.shared_count * each);
+  if (const OptionSpec* widths = find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "widths"))
+    spec.options.set(*widths, widths->default_value);
+  return make_experts(settings.expert, spec);
+}
+
+}  // namespace moelab

@@ -1,0 +1,35 @@
+// What the readers of a layer's tables share; the layer and its dense twin use it.
+#pragma once
+
+#include "core/config.h"
+#include "core/error.h"
+#include "core/moe_layer.h"
+#include "core/registry.h"
+
+#include <string>
+
+namespace moelab {
+
+// The plugin that a table names, read before its other keys can be checked.
+std::string plugin_name(const Table& table, const char* fallback);
+
+OptionSpecs with_name(const OptionSpecs& own);
+
+template <class Entry>
+const Entry& find_plugin(const Table& table, const std::string& name) {
+  try {
+    return Registry<Entry>::instance().find(name);
+  } catch (const Error& error) {
+    table.fail("name", error.what());
+  }
+}
+
+// Reads [moe.expert] with its [[moe.expert.group]]s and [moe.shared] into `settings`, whose router is read already. `spec` is
+// what every expert shares. Refused with its place: experts that the router's plans cannot use.
+void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings);
+
+std::vector<ExpertPart> routed_parts(const LayerSettings& settings);  // uniform ones
+std::shared_ptr<ExpertBank> routed_bank(const LayerSettings& settings);
+std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings);  // null without shared experts
+
+}  // namespace moelab
