@@ -16,7 +16,9 @@ OptionSpecs moe_options() {
       option("experts", 8, "routed experts").at_least(1),
       option("max_experts", 0, "room to grow; 0 = experts").at_least(0),
       option("losses", "paper", "the paper's losses with its coefficients, or none; any [[loss]] silences both").one_of({"paper", "none"}),
-      option("execution", "auto", "how plans are carried out").one_of({"auto", "reference"}),
+      option("execution", "auto",
+             "how plans are carried out: auto takes what was measured to be fastest").one_of(execution_words()),
+      option("recompute", false, "make the experts' pre-activations again in the backward pass instead of keeping them"),
   };
 }
 
@@ -203,7 +205,8 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   settings.shared_count = shared.integer("count");
   settings.shared_width = shared.integer("width");
   settings.shared_gate = shared.flag("gate");
-  settings.execution = options.text("execution") == "auto" ? Execution::kAuto : Execution::kReference;
+  settings.execution = execution_of(options.text("execution"));
+  settings.recompute = options.flag("recompute");
   settings.losses = read_losses(root, options, entry, router);
   return settings;
 }
@@ -241,7 +244,8 @@ Tensor MoELayer::shared_output(const Tensor& x_TD) const {
 LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
   LayerOutput out;
   out.routed = decide(in, state);
-  out.y_TD = execute(out.routed.plan, *site_.bank, {in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training()},
+  out.y_TD = execute(out.routed.plan, *site_.bank, {in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training(),
+                                                    settings_.recompute},
                      settings_.execution);
   const Tensor shared_TD = shared_output(in.x_TD);
   if (shared_TD.defined()) out.y_TD = out.y_TD.add(shared_TD);

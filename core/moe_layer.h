@@ -34,6 +34,7 @@ struct LayerSettings {
   int64_t shared_width = 0;   // of each shared expert
   bool shared_gate = false;
   Execution execution = Execution::kAuto;
+  bool recompute = false;  // of the experts' pre-activations
   std::vector<LossTerm> losses;
 };
 
