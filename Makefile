@@ -3,7 +3,7 @@ BUILD := build
 JOBS  := $(shell nproc)
 export CTEST_OUTPUT_ON_FAILURE = 1
 
-.PHONY: quickstart build test test-long bench lint asan docs setup clean
+.PHONY: quickstart build test test-long bench bench-report lint asan docs setup clean
 
 quickstart: build   ## install, build, train on real text, print the verdict and where everything lies
 	$(BUILD)/moelab data prepare kjv
@@ -29,6 +29,9 @@ test-long: build    ## kill loops and wide sweeps, by hand; leaves counts in tes
 
 bench: build        ## benchmarks; JSON beside the build, out of git
 	scripts/bench.sh $(BUILD)
+
+bench-report: build ## the same, joined into one Markdown table of ratios with the machine's ceilings: build/bench_report.md
+	scripts/bench_report.sh $(BUILD)
 
 asan: setup         ## the tests under address and undefined-behaviour sanitizers
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan --no-tests=error

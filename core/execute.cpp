@@ -1,33 +1,40 @@
 #include "core/execute.h"
 
 #include "core/error.h"
+#include "core/execute_merge.h"
+#include "core/execute_soft.h"
+#include "core/grouped.h"
 
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bincount.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+
+#include <algorithm>
 
 namespace moelab {
 namespace {
 
-Tensor execute_sparse(const SparsePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
-  return combine_rows(map_pairs(plan, bank, dispatch_rows(input.x_TD, plan), input), plan);
+ExpertContext context_of(const ExecuteInput& input) {
+  return {.rows_ND = {}, .input_TD = input.x_TD, .sequence_T = input.sequence_T, .cu_seqlens_B1 = input.cu_seqlens_B1,
+          .cache = input.cache, .training = input.training, .recompute = input.recompute};
 }
 
-// Group after group through its merged expert; groups without rows cost nothing.
-Tensor execute_merge(const MergePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
-  const Tensor& group_T = plan.group_of_token_T;
-  const Tensor order_T = group_T.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const Tensor rows_TD = input.x_TD.index_select(0, order_T.to(input.x_TD.device()));
-  const Tensor count_G = at::bincount(group_T, {}, plan.alpha_GE.size(0)).cpu();
-  const auto* count = count_G.const_data_ptr<int64_t>();
-  std::vector<Tensor> outputs;
-  for (int64_t g = 0, first = 0; g < count_G.numel(); first += count[g++])
-    if (count[g] > 0)
-      outputs.push_back(
-          bank.forward_with(bank.merge(plan.alpha_GE.select(0, g)), rows_TD.narrow(0, first, count[g])));
-  return at::cat(outputs).index_select(0, order_T.argsort().to(rows_TD.device()));
+void check_sizes(const SparsePlan& plan, const ExpertBank& bank) {
+  check_invariant(plan.experts == bank.experts(), "the plan and the bank '" + bank.name() + "' differ in their number of experts");
+}
+
+Tensor execute_sparse(const SparsePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
+  if (grouped_product() == GroupedProduct::kAuto) {
+    check_sizes(plan, bank);
+    ExpertContext context = context_of(input);
+    context.offsets_E1 = plan.offsets_E1;
+    context.plan = &plan;
+    const Tensor y_TD = bank.forward_layer(context);
+    if (y_TD.defined()) return y_TD;
+  }
+  return combine_rows(map_pairs(plan, bank, dispatch_rows(input.x_TD, plan), input), plan);
 }
 
 // The slots of all sequences, expert by expert, through the bank at once: [B,S,D] to [B,S,output width].
@@ -36,24 +43,30 @@ Tensor run_slots(const SoftPlan& plan, const ExpertBank& bank, const Tensor& slo
   const Tensor by_expert = slots_BSD.view({sequences, experts, slots, -1}).transpose(0, 1);
   const Tensor rows_ND = by_expert.reshape({experts * sequences * slots, slots_BSD.size(2)});
   const Tensor offsets_E1 = at::arange(experts + 1, at::kLong).mul(sequences * slots);
-  const Tensor outputs_ND = bank.forward({.rows_ND = rows_ND, .offsets_E1 = offsets_E1, .input_TD = input.x_TD,
-                                          .sequence_T = input.sequence_T, .cu_seqlens_B1 = input.cu_seqlens_B1,
-                                          .cache = input.cache, .training = input.training}, 0);
+  ExpertContext context = context_of(input);
+  context.rows_ND = rows_ND;
+  context.offsets_E1 = offsets_E1;
+  const Tensor outputs_ND = bank.forward(context, 0);
   return outputs_ND.reshape({experts, sequences, slots, -1}).transpose(0, 1).reshape({sequences, experts * slots, -1});
 }
 
+// Slots that the plan's key lacks read nothing.
+Tensor all_slots(const SoftPlan& plan, const Tensor& slots_SD) {
+  const int64_t missing = plan.experts * plan.slots_per_expert - slots_SD.size(0);
+  return missing == 0 ? slots_SD : at::constant_pad_nd(slots_SD, {0, 0, 0, missing});
+}
+
 Tensor execute_soft(const SoftPlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
-  std::vector<SoftMatrices> matrices;
+  std::vector<SoftSequence> sequences;
   std::vector<Tensor> slots, outputs, rows;
   for (int64_t b = 0; b < plan.sequences; ++b) {
-    matrices.push_back(soft_matrices(plan, b));
-    const Tensor x_MD = input.x_TD.index_select(0, matrices.back().row_M);
-    slots.push_back(matrices.back().dispatch_MS.to(x_MD.scalar_type()).t().matmul(x_MD));
-    rows.push_back(matrices.back().row_M);
+    sequences.push_back(sequence_of(plan, b));
+    rows.push_back(sequences.back().row_M);
+    slots.push_back(all_slots(plan, fill_slots(sequences.back(), input.x_TD.index_select(0, rows.back()))));
   }
-  const Tensor outputs_BSD = run_slots(plan, bank, at::stack(slots), input);
+  const Tensor outputs_BSW = run_slots(plan, bank, at::stack(slots), input);
   for (int64_t b = 0; b < plan.sequences; ++b)
-    outputs.push_back(matrices[b].combine_MS.to(outputs_BSD.scalar_type()).matmul(outputs_BSD.select(0, b)));
+    outputs.push_back(read_slots(sequences[static_cast<size_t>(b)], outputs_BSW.select(0, b).narrow(0, 0, plan.key_SD.size(0))));
   return at::cat(outputs).index_select(0, at::cat(rows).argsort());
 }
 
@@ -64,25 +77,49 @@ PlanForm form_of(const Plan& plan) {
 
 // The experts' gradients are then zero, not missing.
 Tensor without_rows(const ExpertBank& bank, const ExecuteInput& input) {
-  const Tensor offsets_E1 = at::zeros({bank.experts() + 1}, at::kLong);
-  return bank.forward({.rows_ND = input.x_TD, .offsets_E1 = offsets_E1, .input_TD = input.x_TD, .sequence_T = input.sequence_T,
-                       .cu_seqlens_B1 = input.cu_seqlens_B1, .cache = input.cache, .training = input.training}, 0);
+  ExpertContext context = context_of(input);
+  context.rows_ND = input.x_TD;
+  context.offsets_E1 = at::zeros({bank.experts() + 1}, at::kLong);
+  return bank.forward(context, 0);
+}
+
+GroupedProduct product_of(Execution execution) {
+  switch (execution) {
+    case Execution::kLoop: return GroupedProduct::kLoop;
+    case Execution::kGrouped: return GroupedProduct::kGrouped;
+    case Execution::kBmm: return GroupedProduct::kBmm;
+    default: return GroupedProduct::kAuto;
+  }
 }
 
 }  // namespace
 
 Tensor map_pairs(const SparsePlan& plan, const ExpertBank& bank, const Tensor& rows_ND, const ExecuteInput& input, int stage) {
-  check_invariant(plan.experts == bank.experts(), "the plan and the bank '" + bank.name() + "' differ in their number of experts");
+  check_sizes(plan, bank);
   check_invariant(rows_ND.size(0) == plan.token_N.numel(), "map_pairs: one row per pair expected");
-  return bank.forward({.rows_ND = rows_ND, .offsets_E1 = plan.offsets_E1, .plan = &plan, .input_TD = input.x_TD,
-                       .sequence_T = input.sequence_T, .cu_seqlens_B1 = input.cu_seqlens_B1, .cache = input.cache,
-                       .training = input.training},
-                      stage);
+  ExpertContext context = context_of(input);
+  context.rows_ND = rows_ND;
+  context.offsets_E1 = plan.offsets_E1;
+  context.plan = &plan;
+  return bank.forward(context, stage);
+}
+
+const std::vector<std::string>& execution_words() {
+  static const std::vector<std::string> words{"auto", "loop", "grouped", "bmm", "reference"};
+  return words;
+}
+
+Execution execution_of(const std::string& word) {
+  const std::vector<std::string>& words = execution_words();
+  const auto found = std::find(words.begin(), words.end(), word);
+  check_invariant(found != words.end(), "execution '" + word + "'");
+  return static_cast<Execution>(found - words.begin());  // words are in the order of the enumeration
 }
 
 Tensor execute(const Plan& plan, const ExpertBank& bank, const ExecuteInput& input, Execution execution) {
   if (const std::string reason = bank.refuses(form_of(plan)); !reason.empty()) usage_error(reason);
   if (execution == Execution::kReference) return execute_reference(plan, bank, input);
+  const GroupedProductGuard guard(product_of(execution));
   if (const auto* sparse = std::get_if<SparsePlan>(&plan)) return execute_sparse(*sparse, bank, input);
   if (input.x_TD.size(0) == 0) return without_rows(bank, input);  // there may be no sequence and no group
   if (const auto* soft = std::get_if<SoftPlan>(&plan)) return execute_soft(*soft, bank, input);

@@ -7,7 +7,12 @@
 
 namespace moelab {
 
-enum class Execution { kAuto, kReference };
+// How a plan is carried out, `execution` in [moe]. kAuto takes what was measured to be the fastest for the bank and the shapes
+// (core/README.md); it never times anything itself, so a run is the same twice. kLoop, kGrouped and kBmm take the three steps
+// below with one kind of product (grouped.h).
+enum class Execution { kAuto, kLoop, kGrouped, kBmm, kReference };
+Execution execution_of(const std::string& word);
+const std::vector<std::string>& execution_words();
 
 struct ExecuteInput {
   Tensor x_TD;
@@ -15,6 +20,7 @@ struct ExecuteInput {
   Tensor cu_seqlens_B1 = {};
   DecodeCache* cache = nullptr;
   bool training = true;
+  bool recompute = false;  // pre-activations are made again in the backward pass
 };
 
 // y [T, output width]: Σ over a row's slots of gate · expert(row). Banks of two stages are refused: their module's code runs

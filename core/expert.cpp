@@ -54,6 +54,8 @@ const ExpertGroup& ExpertBank::only_group(const char* purpose) const {
   return groups_.front();
 }
 
+Tensor ExpertBank::forward_layer(const ExpertContext&) const { return {}; }
+
 Tensor ExpertBank::forward_with(const std::vector<Tensor>&, const Tensor&) const {
   usage_error("experts '" + name_ + "' cannot run with merged parameters; use experts of one group and one stage");
 }

@@ -31,6 +31,7 @@ struct ExpertContext {
   Tensor cu_seqlens_B1 = {};  // undefined where sequences are interleaved
   DecodeCache* cache = nullptr;
   bool training = true;
+  bool recompute = false;  // save less for the backward pass and compute it again there
 };
 
 struct ExpertGroup {
@@ -59,6 +60,11 @@ class ExpertBank : public Module {
   virtual Tensor forward(const ExpertContext& context, int stage) const = 0;
   virtual int stages() const { return 1; }
   virtual int64_t output_width(int stage) const = 0;
+
+  // The layer of a sparse plan at once: Σ gate · expert(row) [rows of input_TD, output_width(0)], with the rows of all pairs
+  // never side by side. `context.rows_ND` is undefined. Undefined where the bank has no such path: then the rows are dispatched,
+  // mapped by forward() and combined.
+  virtual Tensor forward_layer(const ExpertContext& context) const;
 
   // All rows through one expert with the given parameters (in the order of groups()[0].stacked, without the expert axis).
   // Serves merging and the reference executor; refused by banks of several groups or stages.

@@ -63,11 +63,12 @@ Tensor LinearRouter::choose(const RouteInput& in, const Tensor& score_TE, int64_
 }
 
 RouteOutput LinearRouter::route_topk(const RouteInput& in, const NoisyLogits& logits, int64_t k, SoftmaxOver gates) const {
-  const Tensor choice_TK = choose(in, logits.noisy_TE, k);
-  const Tensor probs_TE = logits.noisy_TE.softmax(1);
-  const Tensor prob_TK = gather_choices(probs_TE, choice_TK);
+  const bool chosen_apart = mask_E_.defined() || in.forced;  // the probabilities' bits must not depend on who chose
+  const SoftmaxTopk top = softmax_topk(logits.noisy_TE, chosen_apart ? 0 : k);
+  const Tensor choice_TK = chosen_apart ? choose(in, logits.noisy_TE, k) : top.choice_TK;
+  const Tensor prob_TK = chosen_apart ? gather_choices(top.probs_TE, choice_TK) : top.prob_TK;
   const Tensor gate_TK = gates == SoftmaxOver::kAll ? prob_TK : softmax_of_choices(logits.noisy_TE, choice_TK);
-  return finish_sparse(in, spec_, {choice_TK, gate_TK, prob_TK, {}}, scores_of(logits, probs_TE));
+  return finish_sparse(in, spec_, {choice_TK, gate_TK, prob_TK, {}}, scores_of(logits, top.probs_TE));
 }
 
 Scores scores_of(const NoisyLogits& logits, const Tensor& gate_TE) {

@@ -17,7 +17,9 @@ OptionSpecs moe_options() {
       option("experts", 8, "routed experts").at_least(1),
       option("max_experts", 0, "room to grow; 0 = experts").at_least(0),
       option("losses", "paper", "the paper's losses with its coefficients, or none; any [[loss]] silences both").one_of({"paper", "none"}),
-      option("execution", "auto", "how plans are carried out").one_of({"auto", "reference"}),
+      option("execution", "auto",
+             "how plans are carried out: auto takes what was measured to be fastest").one_of(execution_words()),
+      option("recompute", false, "make the experts' pre-activations again in the backward pass instead of keeping them"),
   };
 }
 
@@ -187,7 +189,8 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   expert.dtype = dtype;
   expert.init = init.with("experts");
   read_experts(moe, std::move(expert), settings);
-  settings.execution = options.text("execution") == "auto" ? Execution::kAuto : Execution::kReference;
+  settings.execution = execution_of(options.text("execution"));
+  settings.recompute = options.flag("recompute");
   settings.losses = read_losses(root, options, entry, router);
   return settings;
 }
@@ -236,7 +239,7 @@ Tensor MoELayer::with_shared(const Tensor& routed_TD, const Tensor& x_TD) const 
 LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
   LayerOutput out;
   out.routed = decide(in, state);
-  const ExecuteInput rows{in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training()};
+  const ExecuteInput rows{in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training(), settings_.recompute};
   out.y_TD = with_shared(execute(out.routed.plan, *site_.bank, rows, settings_.execution), in.x_TD);
   out.statistics = term_statistics(site_, in, out.routed);
   out.record = record_of(in, out.routed, settings_.router_spec.max_experts, site_.router->active_experts_E());

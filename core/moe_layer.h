@@ -36,6 +36,7 @@ struct LayerSettings {
   bool shared_gate = false;
   bool shared_residual = false;  // y = c₀·routed + c₁·shared with (c₀, c₁) = softmax(W·x), instead of their sum
   Execution execution = Execution::kAuto;
+  bool recompute = false;  // of the experts' pre-activations
   std::vector<LossTerm> losses;
 };
 

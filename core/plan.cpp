@@ -3,10 +3,10 @@
 #include "core/error.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace moelab {
@@ -25,17 +25,14 @@ void list_pairs(const Tensor& choice_TK, const Tensor& marked_TK, Tensor& token_
   const int64_t rows = choice_TK.size(0), k = choice_TK.size(1);
   const auto* choice = choice_TK.const_data_ptr<int64_t>();
   const auto* marked = marked_TK.const_data_ptr<bool>();
-  std::vector<int64_t> token, expert;
-  for (int64_t i = 0; i < rows * k; ++i) {
-    if (!marked[i]) continue;
-    token.push_back(i / k);
-    expert.push_back(choice[i]);
-  }
-  const auto count = static_cast<int64_t>(token.size());
+  const int64_t count = std::count(marked, marked + rows * k, true);
   token_M = at::empty({count}, kInt64);
   expert_M = at::empty({count}, kInt64);
-  std::copy(token.begin(), token.end(), token_M.mutable_data_ptr<int64_t>());
-  std::copy(expert.begin(), expert.end(), expert_M.mutable_data_ptr<int64_t>());
+  auto* token = token_M.mutable_data_ptr<int64_t>();
+  auto* expert = expert_M.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0, i = 0; count > 0 && t < rows; ++t)
+    for (const int64_t end = i + k; i < end; ++i)
+      if (marked[i]) *token++ = t, *expert++ = choice[i];
 }
 
 // offsets[e] = kept pairs of the experts before e.
@@ -131,20 +128,21 @@ SparsePlan make_sparse_plan(const Assignment& assignment, const Tensor& gate_TK,
   std::copy(next.begin(), next.end(), plan.offsets_E1.mutable_data_ptr<int64_t>());
   plan.token_N = at::empty({pairs}, kInt64);
   plan.expert_N = at::empty({pairs}, kInt64);
-  plan.slot_TK = at::full({rows, k}, -1, kInt64);
+  plan.slot_TK = at::empty({rows, k}, kInt64);
   Tensor source_N = at::empty({pairs}, kInt64);  // position in [T,K] of each sorted pair
   auto* token = plan.token_N.mutable_data_ptr<int64_t>();
   auto* expert = plan.expert_N.mutable_data_ptr<int64_t>();
   auto* slot = plan.slot_TK.mutable_data_ptr<int64_t>();
   auto* source = source_N.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows * k; ++i) {
-    if (!kept[i]) continue;
-    const int64_t n = next[choice[i]]++;
-    token[n] = i / k;
-    expert[n] = choice[i];
-    slot[i] = n;
-    source[n] = i;
-  }
+  for (int64_t t = 0, i = 0; t < rows; ++t)
+    for (const int64_t end = i + k; i < end; ++i) {
+      slot[i] = -1;
+      if (!kept[i]) continue;
+      const int64_t n = slot[i] = next[choice[i]]++;
+      token[n] = t;
+      source[n] = i;
+    }
+  for (int64_t e = 0, first = 0; e < experts; first = next[e++]) std::fill(expert + first, expert + next[e], e);
   plan.gate_N = gate_TK.reshape({-1}).index_select(0, source_N);
   list_pairs(choice_TK, assignment.dropped_TK.contiguous(), plan.dropped_token_M, plan.dropped_expert_M);
   return plan;

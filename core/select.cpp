@@ -1,6 +1,7 @@
 #include "core/select.h"
 
 #include "core/error.h"
+#include "core/row_loops.h"
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -40,24 +41,12 @@ Tensor raw_draw(const RouteInput& in, int64_t columns, RowDraw draw) {
   return in.noise.to(dtype).reshape({in.rows(), columns});
 }
 
-// The k best of one row by insertion: k is small, and equal scores keep the lower index first.
-template <class Score>
-void topk_row(const Score* row, int64_t columns, int64_t k, int64_t* best) {
-  int64_t filled = 0;
-  for (int64_t e = 0; e < columns; ++e) {
-    if (filled == k && !(row[e] > row[best[k - 1]])) continue;
-    int64_t at = filled < k ? filled++ : k - 1;
-    for (; at > 0 && row[e] > row[best[at - 1]]; --at) best[at] = best[at - 1];
-    best[at] = e;
-  }
-}
-
 template <class Score>
 void topk_rows(const Tensor& score_TE, int64_t k, Tensor& best_TK) {
   const auto* score = score_TE.const_data_ptr<Score>();
   auto* best = best_TK.mutable_data_ptr<int64_t>();
   const int64_t rows = score_TE.size(0), columns = score_TE.size(1);
-  for (int64_t t = 0; t < rows; ++t) topk_row(score + t * columns, columns, k, best + t * k);
+  for (int64_t t = 0; t < rows; ++t) topk_of_row(score + t * columns, columns, k, best + t * k);
 }
 
 // Outcome of the capacity, or the one that was recorded.

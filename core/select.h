@@ -11,6 +11,15 @@ void require_finite(const Tensor& tensor, const char* name, const RouteInput& in
 // x·weightᵀ in float32 or better, whatever autocast says. [T,E]
 Tensor router_logits(const Tensor& x_TD, const Tensor& weight_ED);
 
+// Softmax of each row and its k largest entries in one pass over the logits; ties go to the lowest column. Gradients reach the
+// logits from both.
+struct SoftmaxTopk {
+  Tensor probs_TE;
+  Tensor choice_TK;  // int64
+  Tensor prob_TK;    // probs_TE at choice_TK
+};
+SoftmaxTopk softmax_topk(const Tensor& logits_TE, int64_t k);
+
 // The k largest of each row, largest first; ties go to the lowest column. int64 [T,k], not differentiable.
 Tensor stable_topk(const Tensor& score_TE, int64_t k);
 

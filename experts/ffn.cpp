@@ -13,6 +13,7 @@
 //
 // Differences from the paper: GShard and Shazeer et al. know ReLU alone; GELU is that of Hendrycks and Gimpel 2016 (1606.08415).
 #include "core/expert.h"
+#include "core/ffn_layer.h"
 #include "core/grouped.h"
 
 #include <ATen/core/grad_mode.h>
@@ -30,8 +31,6 @@
 
 namespace moelab {
 namespace {
-
-enum class FfnActivation { kRelu, kGelu, kGeluTanh, kSwiglu };
 
 FfnActivation ffn_activation(const std::string& name) {
   if (name == "gelu") return FfnActivation::kGelu;
@@ -75,9 +74,19 @@ class FfnBank : public ExpertBank {
   }
 
   Tensor forward(const ExpertContext& context, int) const override {
+    if (fused(context.rows_ND))
+      return ffn_layer(activation_, {fused_group()}, {.x_TD = context.rows_ND, .offsets_E1 = context.offsets_E1},
+                       context.recompute);
     return chain(context.rows_ND, [&](size_t map, const Tensor& rows) {
       return grouped_linear(rows, maps_[map].weight_EOI, maps_[map].bias_EO, context.offsets_E1);
     });
+  }
+
+  Tensor forward_layer(const ExpertContext& context) const override {
+    if (!fused(context.input_TD)) return {};
+    return ffn_layer(activation_, {fused_group()},
+                     {.x_TD = context.input_TD, .token_N = context.plan->token_N, .gate_N = context.plan->gate_N,
+                      .offsets_E1 = context.offsets_E1}, context.recompute);
   }
 
   Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const override {
@@ -104,6 +113,15 @@ class FfnBank : public ExpertBank {
   }
 
  private:
+  static bool fused(const Tensor& rows) { return rows.is_cpu() && grouped_product() == GroupedProduct::kAuto; }
+
+  FfnGroup fused_group() const {
+    const FfnMap &in = maps_.front(), &out = maps_.back();
+    FfnGroup group{.in_EFD = in.weight_EOI, .out_EDF = out.weight_EOI, .in_bias_EF = in.bias_EO, .out_bias_ED = out.bias_EO};
+    if (gated()) group.up_EFD = maps_[1].weight_EOI, group.up_bias_EF = maps_[1].bias_EO;
+    return group;
+  }
+
   bool gated() const { return activation_ == FfnActivation::kSwiglu; }
 
   template <class Linear>

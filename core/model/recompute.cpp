@@ -1,6 +1,7 @@
 #include "core/model/recompute.h"
 
-#include <ATen/autocast_mode.h>
+#include "core/autocast_scope.h"
+
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,36 +12,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Autocast as it was, without its cache: a copy made by the pass without gradient would cut the graph of the other.
-class AutocastScope {
- public:
-  struct State {
-    bool enabled;
-    at::ScalarType dtype;
-  };
-  static State current(at::DeviceType device) {
-    return {at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)};
-  }
-
-  AutocastScope(at::DeviceType device, State state)
-      : device_(device), before_(current(device)), cached_(at::autocast::is_autocast_cache_enabled()) {
-    set(state, false);
-  }
-  ~AutocastScope() { set(before_, cached_); }
-  AutocastScope(const AutocastScope&) = delete;
-  AutocastScope& operator=(const AutocastScope&) = delete;
-
- private:
-  void set(State state, bool cached) const {
-    at::autocast::set_autocast_enabled(device_, state.enabled);
-    at::autocast::set_autocast_dtype(device_, state.dtype);
-    at::autocast::set_autocast_cache_enabled(cached);
-  }
-  at::DeviceType device_;
-  State before_;
-  bool cached_;
-};
 
 // What the second pass needs beside tensors of the graph.
 struct RecomputeJob : torch::CustomClassHolder {

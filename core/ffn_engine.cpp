@@ -1,0 +1,224 @@
+#include "core/ffn_engine.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace moelab {
+namespace {
+
+// Rows that keep a block's activations in the second-level cache at common widths; the products of the library are as fast at 256
+// rows as at any number. bfloat16 sums of weights' gradients are rounded once per block, so there blocks are long.
+template <class Scalar>
+constexpr int64_t kMostRows = std::is_same_v<Scalar, c10::BFloat16> ? 4096 : 256;
+
+int64_t work_threads(size_t blocks) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(blocks)));
+}
+
+// Every thread's buffers start at whole 64 bytes: the library's sums depend on where its operands lie.
+template <class Scalar>
+int64_t aligned_count(int64_t count) {
+  constexpr int64_t kUnit = 64 / sizeof(Scalar);
+  return (count + kUnit - 1) / kUnit * kUnit;
+}
+
+template <class Scalar>
+MatrixView<Scalar> expert_matrix(const Tensor& stacked, int64_t slot) {
+  return {stacked.const_data_ptr<Scalar>() + slot * stacked.size(1) * stacked.size(2), stacked.size(1), stacked.size(2)};
+}
+
+template <class Scalar>
+Scalar* expert_slice(const Tensor& stacked, int64_t slot) {
+  return stacked.mutable_data_ptr<Scalar>() + slot * (stacked.numel() / stacked.size(0));
+}
+
+template <class Scalar>
+void add_bias(Scalar* rows_NF, const Tensor& bias_EF, int64_t slot, int64_t rows, int64_t width) {
+  if (!bias_EF.defined()) return;
+  const Scalar* bias = bias_EF.const_data_ptr<Scalar>() + slot * width;
+  for (int64_t n = 0; n < rows; ++n) shift_row(rows_NF + n * width, bias, width);
+}
+
+template <class Scalar>
+void add_column_sums(const Scalar* rows_NF, int64_t rows, const Tensor& out_EF, int64_t slot, int64_t width) {
+  if (!out_EF.defined()) return;
+  auto* out = expert_slice<at::opmath_type<Scalar>>(out_EF, slot);
+  for (int64_t n = 0; n < rows; ++n) add_row(out, rows_NF + n * width, 1, width);
+}
+
+}  // namespace
+
+std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows) {
+  const int64_t* offset = offsets_E1.const_data_ptr<int64_t>();
+  std::vector<FfnBlock> blocks;
+  for (size_t g = 0; g < groups.size(); ++g)
+    for (int64_t slot = 0; slot < groups[g].in_EFD.size(0); ++slot) {
+      const int64_t first = offset[groups[g].first + slot], rows = offset[groups[g].first + slot + 1] - first;
+      const int64_t pieces = (rows + most_rows - 1) / most_rows;
+      for (int64_t p = 0; p < pieces; ++p) {
+        const int64_t begin = rows * p / pieces, end = rows * (p + 1) / pieces;
+        blocks.push_back({.group = g, .slot = slot, .first = first + begin, .rows = end - begin,
+                          .in_group = first + begin - offset[groups[g].first],
+                          .before = p == 0 ? -1 : static_cast<int64_t>(blocks.size()) - 1});
+      }
+    }
+  return blocks;
+}
+
+template <class Scalar>
+FfnEngine<Scalar>::FfnEngine(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows,
+                             const std::vector<FfnHidden>& hidden)
+    : activation_(activation), groups_(groups), hidden_(hidden), width_(rows.x_TD.size(1)),
+        x_(rows.x_TD.const_data_ptr<Scalar>()),
+      token_(rows.token_N.defined() ? rows.token_N.const_data_ptr<int64_t>() : nullptr),
+      gate_(rows.gate_N.defined() ? rows.gate_N.const_data_ptr<Sum>() : nullptr),
+      blocks_(ffn_blocks(groups, rows.offsets_E1, kMostRows<Scalar>)), moved_(static_cast<int64_t>(blocks_.size())),
+      weighed_(static_cast<int64_t>(blocks_.size())) {
+  for (const FfnGroup& group : groups) most_hidden_ = std::max(most_hidden_, group.in_EFD.size(1));
+  for (const FfnBlock& block : blocks_) most_rows_ = std::max(most_rows_, block.rows);
+  memory_ = at::empty({work_threads(blocks_.size()),
+                       2 * aligned_count<Scalar>(most_rows_ * width_) + 5 * aligned_count<Scalar>(most_rows_ * most_hidden_)},
+                      rows.x_TD.options());
+}
+
+template <class Scalar>
+typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::scratch_of(int64_t thread) const {
+  Scalar* at = memory_.mutable_data_ptr<Scalar>() + thread * memory_.size(1);
+  const int64_t narrow = aligned_count<Scalar>(most_rows_ * width_), wide = aligned_count<Scalar>(most_rows_ * most_hidden_);
+  Scalar* hidden = at + 2 * narrow;
+  return {at, at + narrow, hidden, hidden + wide, hidden + 2 * wide, hidden + 3 * wide, hidden + 4 * wide};
+}
+
+template <class Scalar>
+const Scalar* FfnEngine<Scalar>::gathered(const Scalar* from_TD, const FfnBlock& block, Scalar* to_ND) const {
+  if (token_ == nullptr) return from_TD + block.first * width_;
+  for (int64_t n = 0; n < block.rows; ++n) std::copy_n(from_TD + token_[block.first + n] * width_, width_, to_ND + n * width_);
+  return to_ND;
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::scatter(const Scalar* rows_ND, const FfnBlock& block, const Sum* gate, Sum* to_TD) const {
+  for (int64_t n = 0; n < block.rows; ++n)
+    add_row(to_TD + token_[block.first + n] * width_, rows_ND + n * width_, gate == nullptr ? Sum(1) : gate[block.first + n],
+            width_);
+}
+
+template <class Scalar>
+Scalar* FfnEngine<Scalar>::hidden_rows(const Tensor& kept_NF, const FfnBlock& block, int64_t width, Scalar* spare_NF) const {
+  return kept_NF.defined() ? kept_NF.mutable_data_ptr<Scalar>() + block.in_group * width : spare_NF;
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::pre_activate(const FfnBlock& block, const Scalar* x_ND, Scalar* in_NF, Scalar* up_NF) const {
+  const FfnGroup& group = groups_[block.group];
+  const MatrixView<Scalar> x{x_ND, block.rows, width_};
+  multiply(x, expert_matrix<Scalar>(group.in_EFD, block.slot).t(), in_NF);
+  add_bias(in_NF, group.in_bias_EF, block.slot, block.rows, group.in_EFD.size(1));
+  if (!gated()) return;
+  multiply(x, expert_matrix<Scalar>(group.up_EFD, block.slot).t(), up_NF);
+  add_bias(up_NF, group.up_bias_EF, block.slot, block.rows, group.in_EFD.size(1));
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::run_forward(int64_t index, const Scratch& scratch, const Tensor& y_TD) {
+  const FfnBlock& block = blocks_[static_cast<size_t>(index)];
+  const FfnGroup& group = groups_[block.group];
+  const int64_t hidden = group.in_EFD.size(1);
+  Scalar* in_NF = hidden_rows(hidden_[block.group].in_NF, block, hidden, scratch.in_NF);
+  Scalar* up_NF = hidden_rows(hidden_[block.group].up_NF, block, hidden, scratch.up_NF);
+  pre_activate(block, gathered(x_, block, scratch.x_ND), in_NF, up_NF);
+  activate_row(activation_, in_NF, up_NF, scratch.a_NF, block.rows * hidden);
+  Scalar* out_ND = token_ ? scratch.grad_ND : y_TD.mutable_data_ptr<Scalar>() + block.first * width_;
+  multiply({scratch.a_NF, block.rows, hidden}, expert_matrix<Scalar>(group.out_EDF, block.slot).t(), out_ND);
+  add_bias(out_ND, group.out_bias_ED, block.slot, block.rows, width_);
+  if (token_ == nullptr) return;
+  moved_.wait_for(index - 1);
+  scatter(out_ND, block, gate_, y_TD.mutable_data_ptr<Sum>());
+  moved_.finish(index);
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::forward(const Tensor& y_TD) {
+  for_ordered_blocks(static_cast<int64_t>(blocks_.size()), work_threads(blocks_.size()),
+                     [&](int64_t block, int64_t thread) { run_forward(block, scratch_of(thread), y_TD); });
+}
+
+// Activations again; scratch.grad_NF, until now ∂/∂a without gates, becomes the gradient of the pre-activations.
+template <class Scalar>
+void FfnEngine<Scalar>::slopes(const FfnBlock& block, const Scratch& scratch, const Scalar* grad_ND, const Scalar* in_NF,
+                               const Scalar* up_NF, const Tensor& grad_gate_N) const {
+  const FfnGroup& group = groups_[block.group];
+  const int64_t hidden = group.in_EFD.size(1);
+  Sum* grad_gate = grad_gate_N.defined() ? grad_gate_N.mutable_data_ptr<Sum>() : nullptr;
+  const Scalar* bias = group.out_bias_ED.defined() ? group.out_bias_ED.const_data_ptr<Scalar>() + block.slot * width_ : nullptr;
+  for (int64_t n = 0; n < block.rows; ++n) {
+    const int64_t at = n * hidden;
+    Sum product = activate_row_backward(activation_, in_NF + at, up_NF + at, gate_ ? gate_[block.first + n] : Sum(1),
+                                        scratch.a_NF + at, scratch.grad_NF + at, scratch.grad_up_NF + at, hidden);
+    if (grad_gate && bias) product += dot_rows(grad_ND + n * width_, bias, width_);
+    if (grad_gate) grad_gate[block.first + n] = product;
+  }
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::add_weights(const FfnBlock& block, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND,
+                                    const FfnGroup& out) const {
+  const int64_t hidden = groups_[block.group].in_EFD.size(1);
+  const bool add = block.before >= 0;
+  const MatrixView<Scalar> x{x_ND, block.rows, width_}, grad{grad_ND, block.rows, width_}, a{scratch.a_NF, block.rows, hidden};
+  const MatrixView<Scalar> grad_in{scratch.grad_NF, block.rows, hidden}, grad_up{scratch.grad_up_NF, block.rows, hidden};
+  if (out.out_EDF.defined()) multiply(grad.t(), a, expert_slice<Scalar>(out.out_EDF, block.slot), add);
+  if (out.in_EFD.defined()) multiply(grad_in.t(), x, expert_slice<Scalar>(out.in_EFD, block.slot), add);
+  if (out.up_EFD.defined()) multiply(grad_up.t(), x, expert_slice<Scalar>(out.up_EFD, block.slot), add);
+  add_column_sums(grad_ND, block.rows, out.out_bias_ED, block.slot, width_);
+  add_column_sums(scratch.grad_NF, block.rows, out.in_bias_EF, block.slot, hidden);
+  if (gated()) add_column_sums(scratch.grad_up_NF, block.rows, out.up_bias_EF, block.slot, hidden);
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::input_gradient(const FfnBlock& block, const Scratch& scratch, Scalar* to_ND) const {
+  const FfnGroup& group = groups_[block.group];
+  const int64_t hidden = group.in_EFD.size(1);
+  multiply({scratch.grad_NF, block.rows, hidden}, expert_matrix<Scalar>(group.in_EFD, block.slot), to_ND);
+  if (gated()) multiply({scratch.grad_up_NF, block.rows, hidden}, expert_matrix<Scalar>(group.up_EFD, block.slot), to_ND,
+                        /*add=*/true);
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out) {
+  const FfnBlock& block = blocks_[static_cast<size_t>(index)];
+  const FfnGroup& group = groups_[block.group];
+  const int64_t hidden = group.in_EFD.size(1);
+  const Scalar* x_ND = gathered(x_, block, scratch.x_ND);
+  const Scalar* grad_ND = gathered(grad_TD, block, scratch.grad_ND);
+  Scalar* in_NF = hidden_rows(hidden_[block.group].in_NF, block, hidden, scratch.in_NF);
+  Scalar* up_NF = hidden_rows(hidden_[block.group].up_NF, block, hidden, scratch.up_NF);
+  if (!hidden_[block.group].in_NF.defined()) pre_activate(block, x_ND, in_NF, up_NF);
+  multiply({grad_ND, block.rows, width_}, expert_matrix<Scalar>(group.out_EDF, block.slot), scratch.grad_NF);
+  slopes(block, scratch, grad_ND, in_NF, up_NF, out.gate_N);
+  for (int64_t n = 0; gate_ && n < block.rows; ++n) scale_row(scratch.grad_ND + n * width_, gate_[block.first + n], width_);
+  weighed_.wait_for(block.before);
+  add_weights(block, scratch, x_ND, grad_ND, out.groups[block.group]);
+  weighed_.finish(index);
+  if (!out.x_TD.defined()) return;
+  if (token_ == nullptr) return input_gradient(block, scratch, out.x_TD.mutable_data_ptr<Scalar>() + block.first * width_);
+  input_gradient(block, scratch, scratch.grad_ND);
+  moved_.wait_for(index - 1);
+  scatter(scratch.grad_ND, block, nullptr, out.x_TD.mutable_data_ptr<Sum>());
+  moved_.finish(index);
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::backward(const Tensor& grad_TD, const FfnGradients& out) {
+  const Scalar* grad = grad_TD.const_data_ptr<Scalar>();
+  for_ordered_blocks(static_cast<int64_t>(blocks_.size()), work_threads(blocks_.size()),
+                     [&](int64_t block, int64_t thread) { run_backward(block, scratch_of(thread), grad, out); });
+}
+
+template class FfnEngine<float>;
+template class FfnEngine<double>;
+template class FfnEngine<c10::BFloat16>;
+
+}  // namespace moelab

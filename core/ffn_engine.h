@@ -1,0 +1,85 @@
+// The arithmetic of ffn_layer, apart from autograd. One engine serves one call; its pointers live as long as the tensors given.
+#pragma once
+
+#include "core/ffn_layer.h"
+#include "core/gemm.h"
+#include "core/ordered_blocks.h"
+
+#include <ATen/OpMathType.h>
+
+namespace moelab {
+
+// Consecutive pairs of one expert.
+struct FfnBlock {
+  size_t group;
+  int64_t slot;       // of the expert in its group
+  int64_t first;      // pair
+  int64_t rows;
+  int64_t in_group;   // first, counted from the group's first pair
+  int64_t before;     // the block of the same expert before this one; -1 = none
+};
+std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows);
+
+// Per group; undefined = not wanted. Sums over experts and biases' gradients are in float or better.
+struct FfnGradients {
+  Tensor x_TD;
+  Tensor gate_N;
+  std::vector<FfnGroup> groups;
+};
+
+// Pre-activations of each group, [pairs of the group, F]; undefined = computed again where they are needed.
+struct FfnHidden {
+  Tensor in_NF;
+  Tensor up_NF;
+};
+
+template <class Scalar>
+class FfnEngine {
+ public:
+  using Sum = at::opmath_type<Scalar>;
+
+  FfnEngine(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows,
+            const std::vector<FfnHidden>& hidden);
+
+  // Adds to y_TD (Sum, zeros before) where there are tokens, else writes it (Scalar).
+  void forward(const Tensor& y_TD);
+
+  // Every tensor of `out` that is defined: x_TD (as y_TD above) and the biases' hold zeros before, weights' anything.
+  void backward(const Tensor& grad_TD, const FfnGradients& out);
+
+ private:
+  struct Scratch {
+    Scalar *x_ND, *grad_ND, *in_NF, *up_NF, *a_NF, *grad_NF, *grad_up_NF;
+  };
+
+  Scratch scratch_of(int64_t thread) const;
+  const Scalar* gathered(const Scalar* from_TD, const FfnBlock& block, Scalar* to_ND) const;
+  void scatter(const Scalar* rows_ND, const FfnBlock& block, const Sum* gate, Sum* to_TD) const;
+  Scalar* hidden_rows(const Tensor& kept_NF, const FfnBlock& block, int64_t width, Scalar* spare_NF) const;
+  void pre_activate(const FfnBlock& block, const Scalar* x_ND, Scalar* in_NF, Scalar* up_NF) const;
+  void run_forward(int64_t index, const Scratch& scratch, const Tensor& y_TD);
+  void run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out);
+  void slopes(const FfnBlock& block, const Scratch& scratch, const Scalar* grad_ND, const Scalar* in_NF, const Scalar* up_NF,
+              const Tensor& grad_gate_N) const;
+  void add_weights(const FfnBlock& block, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND,
+                   const FfnGroup& out) const;
+  void input_gradient(const FfnBlock& block, const Scratch& scratch, Scalar* to_ND) const;
+  bool gated() const { return activation_ == FfnActivation::kSwiglu; }
+
+  FfnActivation activation_;
+  const std::vector<FfnGroup>& groups_;
+  const std::vector<FfnHidden>& hidden_;
+  int64_t width_, most_hidden_ = 0, most_rows_ = 0;
+  const Scalar* x_;
+  const int64_t* token_;  // null: pair n is row n
+  const Sum* gate_;       // null: 1
+  std::vector<FfnBlock> blocks_;
+  BlockTurns moved_, weighed_;
+  Tensor memory_;
+};
+
+extern template class FfnEngine<float>;
+extern template class FfnEngine<double>;
+extern template class FfnEngine<c10::BFloat16>;
+
+}  // namespace moelab

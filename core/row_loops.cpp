@@ -1,0 +1,270 @@
+// Compiled with -O3 and OpenMP's simd notes (CMakeLists.txt); float loops exist in three widths, chosen when the library is
+// loaded.
+//
+// exp in float: x = n·ln 2 + r with |r| ≤ ln 2 / 2, Taylor's series of e^r to r⁷, whose rest is below 6e-9. The error function is
+// formula 7.1.26 of Abramowitz and Stegun, whose error is below 1.5e-7: the square's exponential in it is the one that the normal
+// density in the derivative needs. In double both are the C library's.
+#include "core/row_loops.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define MOELAB_WIDTHS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define MOELAB_WIDTHS
+#endif
+#define MOELAB_INLINE inline __attribute__((always_inline))
+
+namespace moelab {
+namespace {
+
+MOELAB_INLINE float exp_of(float x) {
+  constexpr float kRounder = 12582912.0f;  // 1.5·2²³: adding it leaves the nearest integer in the low bits
+  const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;  // NaN stays
+  const float shifted = bounded * 1.44269504f + kRounder, n = shifted - kRounder;
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  return x < -87.0f ? 0.0f : sum * power;
+}
+MOELAB_INLINE double exp_of(double x) { return std::exp(x); }
+
+template <class Sum>
+struct Normal {
+  Sum below;    // Φ(z)
+  Sum density;  // φ(z)
+};
+
+MOELAB_INLINE Normal<float> normal_of(float z) {
+  const float square = exp_of(-0.5f * z * z), size = std::fabs(z);
+  const float t = 1.0f / (1.0f + 0.3275911f * 0.707106781f * size);
+  const float series = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  const float tail = 0.5f * series * square;  // Φ(−|z|)
+  return {z < 0.0f ? tail : 1.0f - tail, square * 0.398942280f};
+}
+MOELAB_INLINE Normal<double> normal_of(double z) {
+  return {0.5 * std::erfc(-z * 0.70710678118654752440), std::exp(-0.5 * z * z) * 0.39894228040143267794};
+}
+
+template <class Sum>
+struct Activated {
+  Sum value;
+  Sum slope;
+};
+
+template <class Sum>
+MOELAB_INLINE Sum sigmoid_of(Sum z) {
+  return Sum(1) / (Sum(1) + exp_of(-z));
+}
+
+template <FfnActivation kind, class Sum>
+MOELAB_INLINE Activated<Sum> activated(Sum z) {
+  if constexpr (kind == FfnActivation::kRelu) return {z < 0 ? Sum(0) : z, z > 0 ? Sum(1) : Sum(0)};  // NaN stays
+  if constexpr (kind == FfnActivation::kGelu) {
+    const Normal<Sum> normal = normal_of(z);
+    return {z * normal.below, normal.below + z * normal.density};
+  }
+  if constexpr (kind == FfnActivation::kGeluTanh) {  // z·(1 + tanh u)/2 = z·σ(2u)
+    constexpr Sum kTwo = Sum(1.59576912160573071176), kCube = Sum(0.044715);
+    const Sum share = sigmoid_of(kTwo * (z + kCube * z * z * z));
+    return {z * share, share + z * share * (1 - share) * kTwo * (1 + 3 * kCube * z * z)};
+  }
+  const Sum share = sigmoid_of(z);  // silu
+  return {z * share, share * (1 + z * (1 - share))};
+}
+
+template <FfnActivation kind, class Scalar, class Sum>
+MOELAB_INLINE void activate_loop(const Scalar* h, const Scalar* up, Scalar* a, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    Sum value = activated<kind>(static_cast<Sum>(h[i])).value;
+    if constexpr (kind == FfnActivation::kSwiglu) value *= static_cast<Sum>(up[i]);
+    a[i] = static_cast<Scalar>(value);
+  }
+}
+
+template <FfnActivation kind, class Scalar, class Sum>
+MOELAB_INLINE Sum activate_backward_loop(const Scalar* h, const Scalar* up, Sum gate, Scalar* a, Scalar* grad, Scalar* grad_up,
+                                         int64_t count) {
+  Sum product = 0;
+#pragma omp simd reduction(+ : product)
+  for (int64_t i = 0; i < count; ++i) {
+    const Activated<Sum> at = activated<kind>(static_cast<Sum>(h[i]));
+    const Sum from_above = static_cast<Sum>(grad[i]);
+    Sum value = at.value, slope = at.slope;
+    if constexpr (kind == FfnActivation::kSwiglu) {
+      grad_up[i] = static_cast<Scalar>(gate * from_above * value);
+      value *= static_cast<Sum>(up[i]);
+      slope *= static_cast<Sum>(up[i]);
+    }
+    a[i] = static_cast<Scalar>(value);
+    product += from_above * value;
+    grad[i] = static_cast<Scalar>(gate * from_above * slope);
+  }
+  return product;
+}
+
+template <class Scalar, class Sum>
+MOELAB_INLINE void any_activate(FfnActivation activation, const Scalar* h, const Scalar* up, Scalar* a, int64_t count) {
+  switch (activation) {
+    case FfnActivation::kRelu: return activate_loop<FfnActivation::kRelu, Scalar, Sum>(h, up, a, count);
+    case FfnActivation::kGelu: return activate_loop<FfnActivation::kGelu, Scalar, Sum>(h, up, a, count);
+    case FfnActivation::kGeluTanh: return activate_loop<FfnActivation::kGeluTanh, Scalar, Sum>(h, up, a, count);
+    case FfnActivation::kSwiglu: return activate_loop<FfnActivation::kSwiglu, Scalar, Sum>(h, up, a, count);
+  }
+}
+
+template <class Scalar, class Sum>
+MOELAB_INLINE Sum any_activate_backward(FfnActivation activation, const Scalar* h, const Scalar* up, Sum gate, Scalar* a,
+                                        Scalar* grad, Scalar* grad_up, int64_t count) {
+  switch (activation) {
+    case FfnActivation::kRelu: return activate_backward_loop<FfnActivation::kRelu>(h, up, gate, a, grad, grad_up, count);
+    case FfnActivation::kGelu: return activate_backward_loop<FfnActivation::kGelu>(h, up, gate, a, grad, grad_up, count);
+    case FfnActivation::kGeluTanh: return activate_backward_loop<FfnActivation::kGeluTanh>(h, up, gate, a, grad, grad_up, count);
+    default: return activate_backward_loop<FfnActivation::kSwiglu>(h, up, gate, a, grad, grad_up, count);
+  }
+}
+
+template <class Scalar>
+MOELAB_INLINE void any_softmax(const Scalar* logits, Scalar* probs, int64_t count) {
+  Scalar largest = -std::numeric_limits<Scalar>::infinity(), sum = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) largest = logits[i] > largest ? logits[i] : largest;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    probs[i] = exp_of(logits[i] - largest);
+    sum += probs[i];
+  }
+  const Scalar scale = 1 / sum;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) probs[i] *= scale;
+}
+
+template <class Scalar, class Sum>
+MOELAB_INLINE Sum any_dot(const Scalar* a, const Scalar* b, int64_t count) {
+  Sum sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<Sum>(a[i]) * static_cast<Sum>(b[i]);
+  return sum;
+}
+
+template <class Scalar>
+MOELAB_INLINE void any_softmax_backward(const Scalar* probs, Scalar* grad, int64_t count) {
+  const Scalar mean = any_dot<Scalar, Scalar>(probs, grad, count);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) grad[i] = probs[i] * (grad[i] - mean);
+}
+
+// By insertion: k is small, and equal values keep the earlier place first.
+template <class Scalar>
+void insertion_topk(const Scalar* row, int64_t count, int64_t k, int64_t* best) {
+  int64_t filled = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    if (filled == k && (k == 0 || !(row[e] > row[best[k - 1]]))) continue;
+    int64_t at = filled < k ? filled++ : k - 1;
+    for (; at > 0 && row[e] > row[best[at - 1]]; --at) best[at] = best[at - 1];
+    best[at] = e;
+  }
+}
+
+constexpr int64_t kChunk = 16, kMostChunks = 64;
+
+MOELAB_INLINE float chunk_max(const float* chunk) {
+  float largest = chunk[0];
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < kChunk; ++j) largest = chunk[j] > largest ? chunk[j] : largest;
+  return largest;
+}
+
+// The first place that holds the value; kChunk where none does.
+MOELAB_INLINE int32_t chunk_find(const float* chunk, float value) {
+  int32_t first = kChunk;
+#pragma omp simd reduction(min : first)
+  for (int32_t j = 0; j < static_cast<int32_t>(kChunk); ++j) {
+    const int32_t here = chunk[j] == value ? j : static_cast<int32_t>(kChunk);
+    first = here < first ? here : first;
+  }
+  return first;
+}
+
+// Chunks of 16 with the largest of each: a choice looks at the chunks, then into one. False where −inf is among the k largest, or
+// NaN.
+MOELAB_INLINE bool chunked_topk(const float* row, int64_t count, int64_t k, int64_t* best) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  const int64_t chunks = (count + kChunk - 1) / kChunk;
+  alignas(64) float copy[kMostChunks * kChunk], largest[kMostChunks];
+  std::copy_n(row, count, copy);
+  std::fill(copy + count, copy + chunks * kChunk, kNone);
+  std::fill(largest, largest + kMostChunks, kNone);
+  for (int64_t c = 0; c < chunks; ++c) largest[c] = chunk_max(copy + c * kChunk);
+  for (int64_t i = 0; i < k; ++i) {
+    float most = kNone;
+    for (int64_t c = 0; c < chunks; c += kChunk) most = std::max(most, chunk_max(largest + c));
+    if (!(most > kNone)) return false;
+    int64_t chunk = 0;
+    for (int32_t within = kChunk; within == kChunk && chunk < kMostChunks; chunk += within) within = chunk_find(largest + chunk,
+        most);
+    if (chunk >= chunks) return false;
+    const int32_t place = chunk_find(copy + chunk * kChunk, most);
+    if (place == kChunk) return false;
+    best[i] = chunk * kChunk + place;
+    copy[best[i]] = kNone;
+    largest[chunk] = chunk_max(copy + chunk * kChunk);
+  }
+  return true;
+}
+
+MOELAB_WIDTHS bool try_chunked_topk(const float* row, int64_t count, int64_t k, int64_t* best) {
+  return chunked_topk(row, count, k, best);
+}
+
+}  // namespace
+
+MOELAB_WIDTHS void softmax_row(const float* logits, float* probs, int64_t count) { any_softmax(logits, probs, count); }
+void softmax_row(const double* logits, double* probs, int64_t count) { any_softmax(logits, probs, count); }
+
+MOELAB_WIDTHS void softmax_row_backward(const float* probs, float* grad, int64_t count) {
+  any_softmax_backward(probs, grad, count);
+}
+void softmax_row_backward(const double* probs, double* grad, int64_t count) { any_softmax_backward(probs, grad, count); }
+
+void topk_of_row(const float* row, int64_t count, int64_t k, int64_t* best) {
+  if (count >= kChunk && count <= kChunk * kMostChunks && try_chunked_topk(row, count, k, best)) return;
+  insertion_topk(row, count, k, best);
+}
+void topk_of_row(const double* row, int64_t count, int64_t k, int64_t* best) { insertion_topk(row, count, k, best); }
+
+#define MOELAB_ROW_LOOPS(Scalar, Sum, widths)                                                                                 \
+  widths void activate_row(FfnActivation activation, const Scalar* h, const Scalar* up, Scalar* a, int64_t count) {           \
+    any_activate<Scalar, Sum>(activation, h, up, a, count);                                                                   \
+  }                                                                                                                           \
+  widths Sum activate_row_backward(FfnActivation activation, const Scalar* h, const Scalar* up, Sum gate, Scalar* a,          \
+                                   Scalar* grad, Scalar* grad_up, int64_t count) {                                            \
+    return any_activate_backward<Scalar, Sum>(activation, h, up, gate, a, grad, grad_up, count);                              \
+  }                                                                                                                           \
+  widths void scale_row(Scalar* row, Sum weight, int64_t count) {                                                             \
+    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<Scalar>(weight * static_cast<Sum>(row[i]));                      \
+  }                                                                                                                           \
+  widths void add_row(Sum* to, const Scalar* row, Sum weight, int64_t count) {                                                \
+    for (int64_t i = 0; i < count; ++i) to[i] += weight * static_cast<Sum>(row[i]);                                           \
+  }                                                                                                                           \
+  widths void shift_row(Scalar* row, const Scalar* by, int64_t count) {                                                       \
+    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<Scalar>(static_cast<Sum>(row[i]) + static_cast<Sum>(by[i]));     \
+  }                                                                                                                           \
+  widths Sum dot_rows(const Scalar* a, const Scalar* b, int64_t count) { return any_dot<Scalar, Sum>(a, b, count); }
+#define MOELAB_ONE_WIDTH
+MOELAB_ROW_LOOPS(float, float, MOELAB_WIDTHS)
+MOELAB_ROW_LOOPS(double, double, MOELAB_WIDTHS)
+MOELAB_ROW_LOOPS(c10::BFloat16, float, MOELAB_ONE_WIDTH)
+
+}  // namespace moelab
