@@ -9,12 +9,20 @@ namespace moelab {
 
 enum class Execution { kAuto, kReference };
 
+// What keys a draw for each row of the input: dropout inside experts.
+struct RowDraws {
+  RandomKey key;
+  Tensor sequence_T;  // global sequence of each row
+  Tensor position_T;
+};
+
 struct ExecuteInput {
   Tensor x_TD;
   Tensor sequence_T = {};
   Tensor cu_seqlens_B1 = {};
   DecodeCache* cache = nullptr;
   bool training = true;
+  RowDraws draws = {};
 };
 
 // y [T, output width]: Σ over a row's slots of gate · expert(row). Banks of two stages are refused: their module's code runs
