@@ -44,8 +44,9 @@ std::vector<ExpertPart> read_groups(const Table& table, const LayerSettings& set
   for (const Table& group : table.array("group")) {
     const std::string name = plugin_name(group, settings.expert.c_str());
     const auto& entry = find_plugin<ExpertEntry>(group, name);
-    if (entry.place != ExpertPlace::kFeedForward)
-      group.fail("name", fmt::format("experts '{}' stand in for no feed-forward layer: they cannot be mixed with others", name));
+    if (entry.place != ExpertPlace::kFeedForward || settings.place != ExpertPlace::kFeedForward)
+      group.fail("name", fmt::format("experts '{}' stand in for no feed-forward layer: they cannot be mixed with others",
+                                     entry.place != ExpertPlace::kFeedForward ? name : settings.expert));
     const Options options = group_options(group, entry, settings);
     parts.push_back({name, options.integer("count"), own_options(entry.options, options)});
     count += parts.back().experts;

@@ -93,6 +93,7 @@ class LoraBank : public AdapterBank {
 
   bool has_forward_with() const override { return stages() == 1; }
   Tensor forward_with(const std::vector<Tensor>& factors, const Tensor& rows_ND) const override {
+    refuse_dropout(at::GradMode::is_enabled());  // nobody says whether it is training
     const auto low = [&](size_t map, const Tensor& rows_NI) {
       return at::linear(at::linear(rows_NI, factors.at(2 * map)).mul(scale_), factors.at(2 * map + 1));
     };
