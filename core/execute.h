@@ -14,6 +14,13 @@ enum class Execution { kAuto, kLoop, kGrouped, kBmm, kReference };
 Execution execution_of(const std::string& word);
 const std::vector<std::string>& execution_words();
 
+// What keys a draw for each row of the input: dropout inside experts.
+struct RowDraws {
+  RandomKey key;
+  Tensor sequence_T;  // global sequence of each row
+  Tensor position_T;
+};
+
 struct ExecuteInput {
   Tensor x_TD;
   Tensor sequence_T = {};
@@ -21,6 +28,7 @@ struct ExecuteInput {
   DecodeCache* cache = nullptr;
   bool training = true;
   bool recompute = false;  // pre-activations are made again in the backward pass
+  RowDraws draws = {};
 };
 
 // y [T, output width]: Σ over a row's slots of gate · expert(row). Banks of two stages are refused: their module's code runs

@@ -82,6 +82,10 @@ std::vector<Tensor> ExpertBank::merge(const Tensor& alpha_E) const {
   return merged;
 }
 
+Tensor ExpertBank::base_output(const Tensor&) const { return {}; }
+
+Tensor ExpertBank::run(const Plan&, const ExecuteInput&) const { return {}; }
+
 Tensor ExpertBank::Slice::view() const { return stacked.select(0, slot); }
 
 std::vector<ExpertBank::Slice> ExpertBank::slices(int64_t expert) const {

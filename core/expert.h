@@ -16,6 +16,11 @@
 
 namespace moelab {
 
+class DenseMaps;
+struct AttentionPlace;
+struct ExecuteInput;
+class RoutedAttention;
+
 // What a request keeps from call to call while decoding (keys and values of attention experts, …).
 struct DecodeCache {
   std::map<std::string, Tensor> kept;
@@ -78,8 +83,16 @@ class ExpertBank : public Module {
   // Why plans of this form cannot be carried out with this bank, in one line; "" = they can.
   virtual std::string refuses(PlanForm form) const;
 
-  // Σ_e alpha[e]·θ_e for every parameter, on the graph. Refused across groups.
-  std::vector<Tensor> merge(const Tensor& alpha_E) const;
+  // Σ_e alpha[e]·θ_e for every parameter, on the graph. Refused across groups. A bank may have a way of its own to mix them.
+  virtual std::vector<Tensor> merge(const Tensor& alpha_E) const;
+
+  // What all experts stand on and nobody trains; null = nothing. Its output is part of the layer's, once per row: experts then
+  // give what they add to it. The layer names it "base".
+  virtual std::shared_ptr<Module> base() const { return nullptr; }
+  virtual Tensor base_output(const Tensor& x_TD) const;  // undefined without a base
+
+  // The layer's whole output, base included, where the bank has a shorter way than row by row; undefined = it has none.
+  virtual Tensor run(const Plan& plan, const ExecuteInput& input) const;
 
   // One expert's parameters, on the graph.
   std::vector<Tensor> parameters_of(int64_t expert) const;
@@ -114,6 +127,12 @@ class ExpertBank : public Module {
   std::string name_;
 };
 
+// One linear map that an adapter is laid on.
+struct LinearShape {
+  std::string name;
+  int64_t in = 0, out = 0;
+};
+
 struct ExpertSpec {
   int64_t width = 0;        // D
   int64_t experts = 0;      // including room to grow
@@ -122,7 +141,12 @@ struct ExpertSpec {
   double output_scale = 1;  // scales the initial output weights: 1/√(2·layers) in deep models
   Options options;
   int64_t first = 0;        // global id of expert 0, in a bank that is one part of several: keys its initial draw
+  std::shared_ptr<const DenseMaps> base = nullptr;  // a dense layer of the model that the experts stand on
+  std::vector<LinearShape> linears = {};            // or linear maps of the model, each a stage of the bank
 };
+
+// What of a block the experts stand in for: its feed-forward layer, additions to some of its linear maps, or its attention.
+enum class ExpertPlace { kFeedForward, kLinears, kAttention };
 
 struct ExpertEntry {
   std::string name;
@@ -138,6 +162,8 @@ struct ExpertEntry {
   // The options of each expert, where they may differ (a width each); not given: all have the bank's.
   std::function<std::vector<Options>(const ExpertSpec&)> per_expert = {};
   std::function<std::unique_ptr<ExpertBank>(ExpertSpec)> make;
+  ExpertPlace place = ExpertPlace::kFeedForward;
+  std::function<std::shared_ptr<RoutedAttention>(const AttentionPlace&)> make_attention = {};  // of kAttention
   std::source_location where = std::source_location::current();
 };
 

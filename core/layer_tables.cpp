@@ -44,6 +44,9 @@ std::vector<ExpertPart> read_groups(const Table& table, const LayerSettings& set
   for (const Table& group : table.array("group")) {
     const std::string name = plugin_name(group, settings.expert.c_str());
     const auto& entry = find_plugin<ExpertEntry>(group, name);
+    if (entry.place != ExpertPlace::kFeedForward || settings.place != ExpertPlace::kFeedForward)
+      group.fail("name", fmt::format("experts '{}' stand in for no feed-forward layer: they cannot be mixed with others",
+                                     entry.place != ExpertPlace::kFeedForward ? name : settings.expert));
     const Options options = group_options(group, entry, settings);
     parts.push_back({name, options.integer("count"), own_options(entry.options, options)});
     count += parts.back().experts;
@@ -78,6 +81,7 @@ bool surely_sparse(const LayerSettings& settings) {
 }
 
 void refuse_unfit_plans(const Table& table, const LayerSettings& settings) {
+  if (settings.place == ExpertPlace::kLinears) return;  // what they stand on is not known yet
   if (surely_sparse(settings)) return;
   const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
   if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
@@ -105,6 +109,8 @@ void read_shared(const Table& table, LayerSettings& settings) {
   settings.shared_residual = shared.flag("residual");
   if (settings.shared_residual && settings.shared_gate)
     table.fail("residual", "gate and residual are two ways to weigh the shared output; set one of them");
+  if (settings.shared_count > 0 && settings.place != ExpertPlace::kFeedForward)
+    table.fail("count", fmt::format("experts '{}' stand in for no feed-forward layer, and none can be shared", settings.expert));
   if (settings.shared_count > 0 && !find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "width"))
     table.fail("count",
                fmt::format("experts '{}' cannot be shared: they have no width; name a kind with one in [moe.expert] and the "
@@ -126,10 +132,11 @@ OptionSpecs with_name(const OptionSpecs& own) {
   return all;
 }
 
-void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings) {
+void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const char* default_kind) {
   const Table table = moe.child("expert");
-  settings.expert = plugin_name(table, "ffn");
+  settings.expert = plugin_name(table, default_kind);
   const auto& entry = find_plugin<ExpertEntry>(table, settings.expert);
+  settings.place = entry.place;
   spec.options = table.options(with_name(entry.options), {"group"});
   settings.expert_spec = std::move(spec);
   settings.mixed = read_groups(table, settings);

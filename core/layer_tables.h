@@ -26,7 +26,7 @@ const Entry& find_plugin(const Table& table, const std::string& name) {
 
 // Reads [moe.expert] with its [[moe.expert.group]]s and [moe.shared] into `settings`, whose router is read already. `spec` is
 // what every expert shares. Refused with its place: experts that the router's plans cannot use.
-void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings);
+void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const char* default_kind = "ffn");
 
 std::vector<ExpertPart> routed_parts(const LayerSettings& settings);  // uniform ones
 std::shared_ptr<ExpertBank> routed_bank(const LayerSettings& settings);

@@ -13,6 +13,9 @@ void refuse_duplicate(const std::vector<NamedTensor>& have, const std::string& n
   for (const NamedTensor& entry : have) check_invariant(entry.name != name, "tensor '" + name + "' registered twice");
 }
 
+// A child without a name is a part of its parent: its tensors are named as the parent's own.
+std::string below(const std::string& prefix, const std::string& child) { return child.empty() ? prefix : prefix + child + "."; }
+
 }  // namespace
 
 Module::~Module() = default;
@@ -38,14 +41,14 @@ void Module::add_child(const std::string& name, std::shared_ptr<Module> child) {
 std::vector<NamedTensor> Module::parameters(const std::string& prefix) const {
   std::vector<NamedTensor> all;
   append(all, prefix, parameters_);
-  for (const Child& child : children_) append(all, "", child.module->parameters(prefix + child.name + "."));
+  for (const Child& child : children_) append(all, "", child.module->parameters(below(prefix, child.name)));
   return all;
 }
 
 std::vector<NamedTensor> Module::buffers(const std::string& prefix) const {
   std::vector<NamedTensor> all;
   append(all, prefix, buffers_);
-  for (const Child& child : children_) append(all, "", child.module->buffers(prefix + child.name + "."));
+  for (const Child& child : children_) append(all, "", child.module->buffers(below(prefix, child.name)));
   return all;
 }
 

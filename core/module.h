@@ -34,6 +34,7 @@ class Module {
   // place (copy_), never rebound: a handle that points elsewhere would silently leave the checkpoint.
   Tensor add_parameter(const std::string& name, Tensor value, bool trainable = true);
   Tensor add_buffer(const std::string& name, Tensor value);
+  // A child without a name is a part of this module: its tensors are named as our own.
   void add_child(const std::string& name, std::shared_ptr<Module> child);
 
  private:

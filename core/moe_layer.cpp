@@ -23,6 +23,19 @@ OptionSpecs moe_options() {
   };
 }
 
+// Keys that one of the tables has beside those of [moe].
+OptionSpecs place_options(const std::string& table) {
+  OptionSpecs specs = moe_options();
+  if (table != "moe")
+    specs.push_back(option("layers", "all", "blocks that route here: all, none, odd, even, first, last, or a list like \"1,3\""));
+  return specs;
+}
+
+const char* default_expert(const std::string& table) {
+  if (table == "attention") return "attention_head";
+  return table == "adapters" ? "lora" : "ffn";
+}
+
 // A factor without a mode that reads it would be a capacity that somebody believes in and nobody applies.
 void refuse_unread_keys(const Table& table, const Options& own, const Options& merged, const RouterFacts& facts) {
   const bool paper = merged.text("mode") == "paper";
@@ -164,10 +177,15 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
 
 }  // namespace
 
+const std::vector<std::string>& layer_tables() {
+  static const std::vector<std::string> names{"moe", "attention", "adapters"};
+  return names;
+}
+
 LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_t vocabulary, at::ScalarType dtype,
-                         RandomKey init) {
-  const Table moe = root.child("moe");
-  const Options options = moe.options(moe_options(), kMoeTables);
+                         RandomKey init, const std::string& table) {
+  const Table moe = root.child(table);
+  const Options options = moe.options(place_options(table), kMoeTables);
   LayerSettings settings;
   RouterSpec& router = settings.router_spec;
   router.width = width;
@@ -188,22 +206,24 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   expert.experts = router.max_experts;
   expert.dtype = dtype;
   expert.init = init.with("experts");
-  read_experts(moe, std::move(expert), settings);
+  read_experts(moe, std::move(expert), settings, default_expert(table));
   settings.execution = execution_of(options.text("execution"));
   settings.recompute = options.flag("recompute");
   settings.losses = read_losses(root, options, entry, router);
   return settings;
 }
 
-MoELayer::MoELayer(std::string path, LayerSettings settings) : settings_(std::move(settings)) {
+MoELayer::MoELayer(std::string path, LayerSettings settings, std::shared_ptr<ExpertBank> bank) : settings_(std::move(settings)) {
   site_.path = std::move(path);
   site_.layer = settings_.router_spec.layer;
   site_.router = make_router(settings_.router, settings_.router_spec);
-  site_.bank = routed_bank(settings_);
+  site_.bank = bank ? std::move(bank) : routed_bank(settings_);
   site_.losses = settings_.losses;
   shared_ = shared_bank(settings_);
   add_child("router", site_.router);
   add_child("experts", site_.bank);
+  // A base that is a layer of the model has its place there.
+  if (!settings_.expert_spec.base && site_.bank->base()) add_child("base", site_.bank->base());
   if (!shared_) return;
   add_child("shared", shared_);
   const RouterSpec& spec = settings_.router_spec;
@@ -236,14 +256,34 @@ Tensor MoELayer::with_shared(const Tensor& routed_TD, const Tensor& x_TD) const 
   return routed_TD.mul(coefficient_T2.narrow(1, 0, 1)).add(shared_TD.mul(coefficient_T2.narrow(1, 1, 1)));
 }
 
-LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
+Tensor MoELayer::run_experts(const RouteInput& in, const Plan& plan, DecodeCache* cache) const {
+  ExecuteInput input = execute_input(in, cache);
+  input.recompute = settings_.recompute;
+  if (settings_.execution == Execution::kAuto)
+    if (const Tensor whole_TD = site_.bank->run(plan, input); whole_TD.defined()) return whole_TD;
+  const Tensor y_TD = execute(plan, *site_.bank, input, settings_.execution), base_TD = site_.bank->base_output(in.x_TD);
+  return base_TD.defined() ? base_TD.add(y_TD) : y_TD;
+}
+
+LayerOutput MoELayer::observed(const RouteInput& in, RouteOutput routed) const {
   LayerOutput out;
-  out.routed = decide(in, state);
-  const ExecuteInput rows{in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training(), settings_.recompute};
-  out.y_TD = with_shared(execute(out.routed.plan, *site_.bank, rows, settings_.execution), in.x_TD);
+  out.routed = std::move(routed);
   out.statistics = term_statistics(site_, in, out.routed);
   out.record = record_of(in, out.routed, settings_.router_spec.max_experts, site_.router->active_experts_E());
   return out;
+}
+
+LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCache* cache) const {
+  RouteOutput routed = decide(in, state);
+  const Tensor y_TD = with_shared(run_experts(in, routed.plan, cache), in.x_TD);
+  LayerOutput out = observed(in, std::move(routed));
+  out.y_TD = y_TD;
+  return out;
+}
+
+ExecuteInput execute_input(const RouteInput& in, DecodeCache* cache) {
+  return {.x_TD = in.x_TD, .sequence_T = in.sequence_T, .cu_seqlens_B1 = in.cu_seqlens_B1, .cache = cache,
+          .training = in.training(), .draws = {in.random.with("experts"), in.sequence_key_T, in.position_T}};
 }
 
 std::vector<TermStatistics> term_statistics(const Site& site, const RouteInput& in, const RouteOutput& out) {

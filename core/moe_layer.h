@@ -29,6 +29,7 @@ struct LayerSettings {
   std::string router = "softmax_topk";
   RouterSpec router_spec;
   std::string expert = "ffn";         // the kind of [moe.expert]
+  ExpertPlace place = ExpertPlace::kFeedForward;
   ExpertSpec expert_spec;
   std::vector<ExpertPart> mixed = {};  // the parts of a bank that mixes kinds; empty: all experts are of the kind above
   int64_t shared_count = 0;
@@ -40,9 +41,13 @@ struct LayerSettings {
   std::vector<LossTerm> losses;
 };
 
-// Reads the tables of a layer ([moe], [moe.router], … and [[loss]]) from `root`, the experiment or the overlay of a layer.
+// The tables that describe a layer, each with the experts it has where it names none: "moe", "attention", "adapters".
+const std::vector<std::string>& layer_tables();
+
+// Reads the tables of a layer ([moe], [moe.router], … and [[loss]]) from `root`, the experiment or the overlay of a layer. A block
+// may route in several places, described by tables of other names with the same keys below them.
 LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_t vocabulary, at::ScalarType dtype,
-                         RandomKey init);
+                         RandomKey init, const std::string& table = "moe");
 
 // A loss term's sums in one micro-batch.
 struct TermStatistics {
@@ -59,7 +64,8 @@ struct LayerOutput {
 
 class MoELayer : public Module {
  public:
-  MoELayer(std::string path, LayerSettings settings);
+  // `bank` is made as the settings say where it is null.
+  MoELayer(std::string path, LayerSettings settings, std::shared_ptr<ExpertBank> bank = nullptr);
 
   // Shared experts are added where there are any. `in` is complete but for x-independent defaults; see make_route_input.
   LayerOutput forward(const RouteInput& in, RouteState& state, DecodeCache* cache = nullptr) const;
@@ -68,6 +74,10 @@ class MoELayer : public Module {
   RouteOutput decide(const RouteInput& in, RouteState& state) const;
   Tensor shared_output(const Tensor& x_TD) const;  // undefined without shared experts
   Tensor with_shared(const Tensor& routed_TD, const Tensor& x_TD) const;  // the layer's delta
+
+  // The decision with its statistics and counters; y_TD stays undefined.
+  LayerOutput observed(const RouteInput& in, RouteOutput routed) const;
+  Tensor run_experts(const RouteInput& in, const Plan& plan, DecodeCache* cache) const;  // base included, shared experts not
 
   const Site& site() const { return site_; }
   Site& site() { return site_; }
@@ -79,6 +89,8 @@ class MoELayer : public Module {
   std::shared_ptr<ExpertBank> shared_;
   Tensor shared_gate_weight_1D_, shared_coefficient_weight_2D_;
 };
+
+ExecuteInput execute_input(const RouteInput& in, DecodeCache* cache = nullptr);
 
 // Statistics of every term for one decision.
 std::vector<TermStatistics> term_statistics(const Site& site, const RouteInput& in, const RouteOutput& out);

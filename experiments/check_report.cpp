@@ -49,7 +49,8 @@ double activation_bytes(const Experiment& e) {
 
 Json memory_json(const Experiment& e) {
   const int64_t parameters = bytes_of(e.model->parameters()), trained = bytes_of(e.model->trainable());
-  const int64_t optimizer = parameters * (e.train.optimizer.name == "adamw" ? 2 : 1);  // of frozen ones too: they may thaw
+  // Of frozen ones too where they may thaw.
+  const int64_t optimizer = bytes_of(e.model->optimised()) * (e.train.optimizer.name == "adamw" ? 2 : 1);
   const auto activations = static_cast<int64_t>(activation_bytes(e));
   return {{"parameters", parameters},
           {"gradients", trained},

@@ -33,44 +33,58 @@ void require_route_arguments(const RouteArguments& arguments) {
   if (arguments.out.empty()) usage_error("route needs --out OUT.safetensors");
 }
 
-// sum(y*grad_y) + Σ coefficient*loss, over the routed rows.
-Tensor route_objective(const RouteFile& file, const RoutedRows& rows, const Tensor& y_TD, const std::vector<Tensor>& values,
-                       const std::vector<LossTerm>& terms) {
+// sum(y*grad_y) over the routed rows.
+Tensor route_objective(const RouteFile& file, const RoutedRows& rows, const Tensor& y_TD) {
   if (!file.has("grad_y")) usage_error(fmt::format("'{}' lacks the tensor 'grad_y' [T, D], which --grad needs", file.path()));
-  Tensor sum = y_TD.mul(file.find("grad_y").to(y_TD.scalar_type()).index_select(0, rows.index_T)).sum();
-  for (size_t i = 0; i < terms.size(); ++i) sum = sum.add(values[i].sum().mul(terms[i].coefficient));
-  return sum;
+  return y_TD.mul(file.find("grad_y").to(y_TD.scalar_type()).index_select(0, rows.index_T)).sum();
 }
 
-void add_end_step(RouteResults& results, const MoELayer& layer, const RouteOutput& routed, int64_t step) {
+void add_end_step(RouteResults& results, Router& router, const std::string& prefix, const RouteOutput& routed, int64_t step) {
   const at::NoGradGuard no_grad;
-  Router& router = *layer.site().router;
   router.end_step(routed.deltas, step);
-  add_state(results, "after.router.", tensors_of(router), {});
+  add_state(results, "after." + prefix + "router.", tensors_of(router), {});
+}
+
+void append(RouteResults& results, const std::string& prefix, const RouteResults& more) {
+  for (const NamedTensor& entry : more) results.push_back({prefix + entry.name, entry.tensor});
+}
+
+// What one decision shows; its losses are added to the objective, with their coefficients.
+RouteResults site_results(const Site& site, const LayerOutput& out, const RoutedRows& rows, Tensor& objective) {
+  validate(out.routed.plan, rows.in.rows(), site.router->spec().max_experts);
+  RouteResults results;
+  add_plan(results, out, rows);
+  const std::vector<Tensor> values = loss_values(out, site);
+  for (size_t i = 0; i < values.size(); ++i) {
+    results.push_back({"loss." + site.losses[i].label, values[i]});
+    if (objective.defined()) objective = objective.add(values[i].sum().mul(site.losses[i].coefficient));
+  }
+  add_probes(results, out.routed, *site.router, rows);
+  return results;
 }
 
 RouteResults route_tensors(const Table& config, RouteFile& file, const RouteArguments& arguments) {
   const Table root = with_sizes_of(config, file);
-  const auto layer = make_route_layer(root, file.width(), file.x().scalar_type());
-  check_inputs(file, *layer);
-  const std::set<std::string> without_axis = replace_tensors(file, *layer);
+  const RouteLayer layer = make_route_layer(root, file.width(), file.x().scalar_type());
+  check_inputs(file, layer);
+  const std::set<std::string> without_axis = replace_tensors(file, layer);
   const at::AutoGradMode with_graph(arguments.grad);
   const Tensor x_TD = file.x().clone().requires_grad_(arguments.grad);
-  const RoutedRows rows = routed_rows(root, file, x_TD, *layer, arguments.train ? Mode::kTrain : Mode::kEval);
-  RouteState state;
-  const LayerOutput out = layer->forward(rows.in, state);
-  const Site& site = layer->site();
-  validate(out.routed.plan, rows.in.rows(), site.router->spec().max_experts);
+  const RoutedRows rows = routed_rows(root, file, x_TD, layer, arguments.train ? Mode::kTrain : Mode::kEval);
+  SiteWalk walk(rows.in);
+  const Tensor y_TD = layer.run(walk, rows.in.x_TD);
+  const std::vector<LayerOutput> outs = walk.take();
+  const std::vector<MoELayer*> sites = layer.sites();
 
   RouteResults results;
-  add_plan(results, out, rows);
-  const std::vector<Tensor> values = loss_values(out, site);
-  for (size_t i = 0; i < values.size(); ++i) results.push_back({"loss." + site.losses[i].label, values[i]});
-  add_state(results, "", outside_names(*layer, tensors_of(*layer)), without_axis);
-  add_probes(results, out.routed, *site.router, rows);
-  if (arguments.grad)
-    add_gradients(results, *layer, x_TD, route_objective(file, rows, out.y_TD, values, site.losses), without_axis);
-  if (arguments.end_step) add_end_step(results, *layer, out.routed, rows.in.step);
+  Tensor objective = arguments.grad ? route_objective(file, rows, y_TD) : Tensor();
+  for (size_t s = 0; s < sites.size(); ++s)
+    append(results, layer.prefix_of(*sites[s]), site_results(sites[s]->site(), outs[s], rows, objective));
+  results.push_back({"y", rows.in_file_rows(y_TD)});
+  add_state(results, "", outside_names(layer, tensors_of(layer.module())), without_axis);
+  if (arguments.grad) add_gradients(results, layer, x_TD, objective, without_axis);
+  for (size_t s = 0; s < sites.size() && arguments.end_step; ++s)
+    add_end_step(results, *sites[s]->site().router, layer.prefix_of(*sites[s]), outs[s].routed, rows.in.step);
   return results;
 }
 

@@ -101,7 +101,7 @@ void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoi
 void run(const RunArguments& arguments) {
   const Table root = load_config(arguments.path, arguments.overrides);
   prepare_process(read_train_settings(root));
-  Experiment experiment = load_experiment(root);
+  Experiment experiment = start_experiment(root);
   const auto folder = RunFolder::create(arguments.out, experiment.name, experiment.config_id, experiment.train.seed, arguments.path,
                                         resolved_text(root));
   train(experiment, *folder, nullptr, arguments);
@@ -112,7 +112,7 @@ void resume(const RunArguments& arguments) {
   folder->lock();
   const Table root = load_config(folder->resolved_config());
   prepare_process(read_train_settings(root));
-  Experiment experiment = load_experiment(root, folder->tokenizer());
+  Experiment experiment = start_experiment(root, folder->tokenizer());
   // A run that was killed before its first checkpoint starts again: the same draws, the same result.
   if (!std::filesystem::exists(folder->checkpoints()) || checkpoint_steps(folder->checkpoints()).empty()) {
     folder->drop_records_after(-1);
@@ -127,7 +127,7 @@ void eval(const RunArguments& arguments) {
   const auto folder = RunFolder::open(arguments.path);
   const Table root = load_config(folder->resolved_config());
   prepare_process(read_train_settings(root));
-  Experiment experiment = load_experiment(root, folder->tokenizer());
+  Experiment experiment = start_experiment(root, folder->tokenizer());
   const Checkpoint checkpoint = load_latest(folder->checkpoints());
   for (const std::string& warning : checkpoint.warnings) fmt::print(stderr, "moelab: {}\n", warning);
   require_same_data(checkpoint, *experiment.data);

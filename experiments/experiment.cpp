@@ -4,6 +4,7 @@
 #include "core/io/files.h"
 #include "core/memory.h"
 #include "experiments/plugins.h"
+#include "trainers/state.h"
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
@@ -11,6 +12,7 @@
 #include <fmt/format.h>
 
 #include <csignal>
+#include <filesystem>
 #include <sstream>
 
 namespace moelab {
@@ -76,6 +78,12 @@ void refuse_missing_labels(const Table& root, const Model& model, const Dataset&
   }
 }
 
+// What a run that ours starts from had learned: its tokens are then ours.
+std::string tokenizer_of_source(const std::string& from) {
+  const std::string path = from + "/tokenizer.model";
+  return !from.empty() && std::filesystem::exists(path) ? read_file(path) : "";
+}
+
 // It names a folder below runs/.
 std::string run_name(const Table& root) {
   const std::string name = root.options({option("name", "run", "")}, root.keys()).text("name");
@@ -100,13 +108,19 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer) {
   e.train = read_train_settings(root);
   read_objective(root, e.train);  // before data are read
   refuse_data_of_another_kind(root);
-  e.data = read_dataset(root, model_context(root), tokenizer);
+  e.data = read_dataset(root, model_context(root), tokenizer.empty() ? tokenizer_of_source(e.train.init_from) : tokenizer);
   e.model = model_that_fits(e);
   refuse_missing_tokens(root, *e.model, *e.data);
   refuse_missing_labels(root, *e.model, *e.data);
   if (const CorpusStatistics statistics{e.data->token_counts_V()}; statistics.token_counts_V.defined())
     for (Site* site : e.model->sites()) site->router->prepare(statistics);
   e.config_id = xxh3_hex(values_only(root)).substr(0, 8);  // when all is read: options of replaced plugins are gone
+  return e;
+}
+
+Experiment start_experiment(const Table& root, const std::string& tokenizer) {
+  Experiment e = load_experiment(root, tokenizer);
+  if (!e.train.init_from.empty()) start_from(e.train.init_from, *e.model);
   return e;
 }
 

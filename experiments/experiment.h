@@ -28,6 +28,9 @@ int64_t model_context(const Table& root);
 // of this experiment learned, Dataset::tokenizer(); "" = learn anew.
 Experiment load_experiment(const Table& root, const std::string& tokenizer = "");
 
+// The same, with what [init] names in the model: for commands that run it.
+Experiment start_experiment(const Table& root, const std::string& tokenizer = "");
+
 // The parameters that the process sets for its own run: threads, memory kept, denormals.
 void prepare_process(const TrainSettings& settings);
 

@@ -210,8 +210,15 @@ void fill_noise(RouteInput& in, RouteFile& file, const Router& router, const Ten
   in.capacity_noise_TE = file.find("noise.capacity").index_select(0, index_T);
 }
 
+// The table that describes the layer.
+std::string route_table(const Table& root) {
+  for (const std::string& name : layer_tables())
+    if (root.child(name).present()) return name;
+  return "moe";
+}
+
 bool lacks_expert_axis(const std::string& name, const Tensor& given, const Tensor& own) {
-  return name.starts_with("shared.") && own.dim() > 1 && own.size(0) == 1 && given.sizes() == own.sizes().slice(1);
+  return (name.starts_with("shared.") || name.starts_with("base.")) && own.dim() > 1 && own.size(0) == 1 && given.sizes() == own.sizes().slice(1);
 }
 
 }  // namespace
@@ -241,9 +248,29 @@ Table with_sizes_of(const Table& root, const RouteFile& file) {
   return sized;
 }
 
-std::unique_ptr<MoELayer> make_route_layer(const Table& root, int64_t width, at::ScalarType dtype) {
+const Module& RouteLayer::module() const { return layer_ ? static_cast<const Module&>(*layer_) : *attention_; }
+
+std::vector<MoELayer*> RouteLayer::sites() const { return layer_ ? std::vector<MoELayer*>{layer_.get()} : attention_->sites(); }
+
+Tensor RouteLayer::run(SiteWalk& walk, const Tensor& x_TD) const {
+  return layer_ ? walk.run(*layer_, x_TD) : attention_->forward(x_TD, walk, /*cache=*/nullptr);
+}
+
+int64_t RouteLayer::output_width() const {
+  const Site& site = sites().front()->site();
+  return layer_ ? site.bank->output_width(0) : site.router->spec().width;
+}
+
+std::string RouteLayer::prefix_of(const MoELayer& site) const { return sites().size() == 1 ? "" : site_name(site.site()) + "."; }
+
+RouteLayer make_route_layer(const Table& root, int64_t width, at::ScalarType dtype) {
   const RandomKey init = random_key(read_route_settings(root).seed, "init").with("layer", 0);
-  return std::make_unique<MoELayer>("moe", read_layer(root, width, /*layer=*/0, /*vocabulary=*/0, dtype, init));
+  LayerSettings layer = read_layer(root, width, /*layer=*/0, /*vocabulary=*/0, dtype, init, route_table(root));
+  if (layer.place != ExpertPlace::kAttention) return RouteLayer(std::make_shared<MoELayer>("moe", std::move(layer)));
+  AttentionPlace place{"attention", {}, std::move(layer)};
+  place.attention.width = width;
+  place.attention.rotary = false;
+  return RouteLayer(Registry<ExpertEntry>::instance().find(place.layer.expert).make_attention(place));
 }
 
 std::vector<NamedTensor> tensors_of(const Module& module) {
@@ -252,10 +279,9 @@ std::vector<NamedTensor> tensors_of(const Module& module) {
   return all;
 }
 
-std::vector<NamedTensor> outside_names(const MoELayer& layer, const std::vector<NamedTensor>& tensors) {
-  std::map<std::string, std::pair<int64_t, std::string>>
-      grouped;  // live name -> global id of slot 0, and the parameter's own name
-  for (const ExpertGroup& group : layer.site().bank->groups())
+std::vector<NamedTensor> outside_names(const RouteLayer& layer, const std::vector<NamedTensor>& tensors) {
+  std::map<std::string, std::pair<int64_t, std::string>> grouped;  // live name -> global id of slot 0, and the parameter's own name
+  for (const ExpertGroup& group : layer.sites().front()->site().bank->groups())
     for (const NamedTensor& stacked : group.stacked)
       if (!group.prefix.empty()) grouped["experts." + group.prefix + stacked.name] = {group.first, stacked.name};
   std::vector<NamedTensor> outside;
@@ -269,11 +295,12 @@ std::vector<NamedTensor> outside_names(const MoELayer& layer, const std::vector<
   return outside;
 }
 
-std::vector<AcceptedTensor> accepted_inputs(const MoELayer& layer) {
-  const Router& router = *layer.site().router;
+std::vector<AcceptedTensor> accepted_inputs(const RouteLayer& layer) {
+  const Router& router = *layer.sites().front()->site().router;
   const auto channel = [](const char* name, const char* meaning) {
     return AcceptedTensor{name, {{"T"}}, TensorKind::kIndex, meaning};
   };
+  const std::string output = layer.output_width() == router.spec().width ? "D" : std::to_string(layer.output_width());
   std::vector<AcceptedTensor> accepted{
       {"x", {{"T", "D"}}, TensorKind::kFloat, "the layer's input; its type is that of the computation and of every parameter"},
       channel("token_ids", "token of each row"),
@@ -282,7 +309,7 @@ std::vector<AcceptedTensor> accepted_inputs(const MoELayer& layer) {
       channel("segment_ids", "segment of each row, rising within a sequence"),
       channel("domain", "domain, task or language label of each row"),
       {"padding", {{"T"}}, TensorKind::kFlag, "1 = no token: removed before routing, y = 0"},
-      {"grad_y", {{"T", "D"}}, TensorKind::kFloat, "gradient with respect to y, for --grad"},
+      {"grad_y", {{"T", output}}, TensorKind::kFloat, "gradient with respect to y, for --grad"},
       accepted_capacity_noise(router),
   };
   AcceptedTensor noise = accepted_noise(router);
@@ -290,20 +317,20 @@ std::vector<AcceptedTensor> accepted_inputs(const MoELayer& layer) {
   return accepted;
 }
 
-void check_inputs(const RouteFile& file, const MoELayer& layer) {
+void check_inputs(const RouteFile& file, const RouteLayer& layer) {
   std::set<std::string> known{"noise"};
   const std::vector<AcceptedTensor> inputs = accepted_inputs(layer);
   for (const AcceptedTensor& input : inputs) known.insert(input.name);
-  for (const NamedTensor& own : outside_names(layer, tensors_of(layer))) known.insert(own.name);
+  for (const NamedTensor& own : outside_names(layer, tensors_of(layer.module()))) known.insert(own.name);
   file.refuse_unknown(known);
   for (const AcceptedTensor& input : inputs)
     if (!input.name.starts_with("noise")) file.check(input);
 }
 
-std::set<std::string> replace_tensors(const RouteFile& file, const MoELayer& layer) {
+std::set<std::string> replace_tensors(const RouteFile& file, const RouteLayer& layer) {
   const at::NoGradGuard no_grad;
   std::set<std::string> without_axis;
-  for (const NamedTensor& own : outside_names(layer, tensors_of(layer))) {
+  for (const NamedTensor& own : outside_names(layer, tensors_of(layer.module()))) {
     if (!file.has(own.name)) continue;
     Tensor given = file.find(own.name);
     if (given.scalar_type() != own.tensor.scalar_type())
@@ -324,9 +351,9 @@ Tensor RoutedRows::in_file_rows(const Tensor& values_T, double fill) const {
   return at::full(shape, fill, values_T.options().requires_grad(false)).index_copy(0, index_T, values_T.detach());
 }
 
-RoutedRows routed_rows(const Table& root, RouteFile& file, const Tensor& x_TD, const MoELayer& layer, Mode mode) {
+RoutedRows routed_rows(const Table& root, RouteFile& file, const Tensor& x_TD, const RouteLayer& layer, Mode mode) {
   const RouteSettings settings = read_route_settings(root);
-  const Router& router = *layer.site().router;
+  const Router& router = *layer.sites().front()->site().router;
   RoutedRows rows{kept_index(file.find("padding"), file.rows()), file.rows(), {}};
   RouteInput& in = rows.in;
   in.x_TD = x_TD.index_select(0, rows.index_T);

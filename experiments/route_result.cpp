@@ -71,7 +71,6 @@ void add_plan(RouteResults& results, const LayerOutput& out, const RoutedRows& r
   if (const auto* sparse = std::get_if<SparsePlan>(&plan)) add_sparse(results, *sparse, rows);
   if (const auto* soft = std::get_if<SoftPlan>(&plan)) add_soft(results, *soft, rows);
   if (const auto* merge = std::get_if<MergePlan>(&plan)) add_merge(results, *merge, rows);
-  results.push_back({"y", rows.in_file_rows(out.y_TD)});
 }
 
 void add_probes(RouteResults& results, const RouteOutput& routed, const Router& router, const RoutedRows& rows) {
@@ -88,12 +87,12 @@ std::vector<Tensor> loss_values(const LayerOutput& out, const Site& site) {
   return values;
 }
 
-void add_gradients(RouteResults& results, const MoELayer& layer, const Tensor& x_TD, const Tensor& objective,
+void add_gradients(RouteResults& results, const RouteLayer& layer, const Tensor& x_TD, const Tensor& objective,
                    const std::set<std::string>& without_axis) {
   if (objective.requires_grad()) objective.backward();
   const auto gradient_of = [](const Tensor& leaf) { return leaf.grad().defined() ? leaf.grad() : at::zeros_like(leaf); };
   results.push_back({"grad.x", gradient_of(x_TD)});
-  std::vector<NamedTensor> gradients = layer.parameters();
+  std::vector<NamedTensor> gradients = layer.module().parameters();
   for (NamedTensor& parameter : gradients) parameter.tensor = gradient_of(parameter.tensor);
   add_state(results, "grad.", outside_names(layer, gradients), without_axis);
 }

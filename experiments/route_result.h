@@ -19,7 +19,7 @@ void add_probes(RouteResults& results, const RouteOutput& routed, const Router& 
 std::vector<Tensor> loss_values(const LayerOutput& out, const Site& site);
 
 // Gradients of sum(y*grad_y) + Σ coefficient*loss: `grad.x` and one per parameter, zeros where it has no part in it.
-void add_gradients(RouteResults& results, const MoELayer& layer, const Tensor& x_TD, const Tensor& objective,
+void add_gradients(RouteResults& results, const RouteLayer& layer, const Tensor& x_TD, const Tensor& objective,
                    const std::set<std::string>& without_axis);
 
 // Parameters and buffers as they stand, copied. `without_axis` names those that leave without their first axis.

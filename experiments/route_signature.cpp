@@ -56,13 +56,13 @@ void add_entries(json& list, const std::vector<NamedTensor>& small, const std::v
 }  // namespace
 
 json route_signature(const Table& root) {
-  const auto small = make_route_layer(root, kSmallWidth, at::kFloat);
-  const auto large = make_route_layer(root, kLargeWidth, at::kFloat);
+  const RouteLayer small = make_route_layer(root, kSmallWidth, at::kFloat);
+  const RouteLayer large = make_route_layer(root, kLargeWidth, at::kFloat);
   json list = json::array();
-  for (const AcceptedTensor& input : accepted_inputs(*small)) add_input(list, input);
-  add_entries(list, outside_names(*small, small->parameters()), outside_names(*large, large->parameters()),
+  for (const AcceptedTensor& input : accepted_inputs(small)) add_input(list, input);
+  add_entries(list, outside_names(small, small.module().parameters()), outside_names(large, large.module().parameters()),
               "parameter; default: its initial value");
-  add_entries(list, small->buffers(), large->buffers(), "buffer; default: its initial value");
+  add_entries(list, small.module().buffers(), large.module().buffers(), "buffer; default: its initial value");
   return list;
 }
 

@@ -125,7 +125,14 @@ OptionSpecs checkpoint_options() {
   return {
       option("every", 0, "steps between checkpoints; 0 = only at the end").at_least(0),
       option("keep_last", 2, "checkpoints to keep").at_least(1),
+      option("holds", "all", "trained: without a base that stands still under adapters, which [init] has to give again")
+          .one_of({"all", "trained"}),
   };
+}
+
+OptionSpecs init_options() {
+  return {option("from", "", "start from what an earlier run learned: its folder, a checkpoint, or a safetensors file; names have to "
+                             "match, and routers, experts and adapters that it lacks start anew").as_path()};
 }
 
 TrainSettings read_train_settings(const Table& root) {
@@ -152,6 +159,8 @@ TrainSettings read_train_settings(const Table& root) {
   s.ngram_baselines = eval.text("baseline") == "ngram";
   s.checkpoint_every = checkpoint.integer("every");
   s.keep_last = checkpoint.integer("keep_last");
+  s.checkpoint_trained_only = checkpoint.text("holds") == "trained";
+  s.init_from = root.child("init").options(init_options()).text("from");
   s.optimizer = read_optimizer(root.child("optimizer"));
   s.schedule = {schedule.integer("warmup_steps"), schedule.text("decay"), schedule.real("final_fraction"),
                 schedule.real("decay_fraction"), schedule.text("decay_shape")};
@@ -182,8 +191,8 @@ std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, 
 }
 
 void check_top_level(const Table& root) {
-  root.options(top_level_options(), {"extends", "model", "moe", "layer", "loss", "data", "train", "objective", "optimizer", "schedule",
-                                     "eval", "checkpoint", "route"});
+  root.options(top_level_options(), {"extends", "model", "moe", "attention", "adapters", "layer", "loss", "data", "train", "objective",
+                                     "optimizer", "schedule", "eval", "checkpoint", "init", "route"});
 }
 
 void read_objective(const Table& root, TrainSettings& settings) {

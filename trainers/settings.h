@@ -1,4 +1,4 @@
-// What `[train]`, `[objective]`, `[optimizer]`, `[schedule]`, `[eval]`, `[checkpoint]` and `[data]` say. Options are declared once,
+// What `[train]`, `[objective]`, `[optimizer]`, `[schedule]`, `[eval]`, `[checkpoint]`, `[init]` and `[data]` say. Options are declared once,
 // here.
 #pragma once
 
@@ -38,6 +38,8 @@ struct TrainSettings {
   bool ngram_baselines = false; // fit n-gram models on the training bytes and report them beside the model
   int64_t checkpoint_every = 0; // 0 = only at the end
   int64_t keep_last = 2;
+  bool checkpoint_trained_only = false;
+  std::string init_from;        // what an earlier run learned; "" = nothing
   int64_t threads = 0;          // 0 = the library's choice
   std::string objective = "task";
   Options objective_options;    // declared by the objective's entry
@@ -53,6 +55,7 @@ OptionSpecs optimizer_options();
 OptionSpecs schedule_options();
 OptionSpecs eval_options();
 OptionSpecs checkpoint_options();
+OptionSpecs init_options();
 
 TrainSettings read_train_settings(const Table& root);
 

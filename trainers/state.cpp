@@ -1,12 +1,15 @@
 #include "trainers/state.h"
 
 #include "core/error.h"
+#include "core/io/files.h"
 
 #include <ATen/core/grad_mode.h>
 
 #include <fmt/format.h>
 
+#include <filesystem>
 #include <map>
+#include <set>
 
 namespace moelab {
 namespace {
@@ -51,6 +54,32 @@ std::vector<NamedTensor> model_views(const Model& model) {
   return views;
 }
 
+// What stands still under adapters: everything but buffers and what training may move.
+std::set<std::string> base_names(const Model& model) {
+  std::set<std::string> names;
+  for (const NamedTensor& entry : model.parameters()) names.insert(entry.name);
+  for (const NamedTensor& entry : model.optimised()) names.erase(entry.name);
+  return names;
+}
+
+// Of names and bytes.
+std::string base_hash(const Model& model) {
+  const std::set<std::string> base = base_names(model);
+  std::string hashes;
+  for (const NamedTensor& entry : model.parameters())
+    if (base.contains(entry.name))
+      hashes += entry.name + xxh3_hex({static_cast<const char*>(entry.tensor.const_data_ptr()), entry.tensor.nbytes()});
+  return xxh3_hex(hashes);
+}
+
+std::vector<NamedTensor> kept_views(const Model& model, bool trained_only) {
+  std::vector<NamedTensor> views = model_views(model);
+  if (!trained_only) return views;
+  const std::set<std::string> base = base_names(model);
+  std::erase_if(views, [&](const NamedTensor& view) { return base.contains(view.name); });
+  return views;
+}
+
 std::vector<NamedTensor> optimizer_views(const Model& model, const Optimizer& optimizer) {
   const auto stacked = stacked_names(model);
   std::vector<NamedTensor> views;
@@ -86,6 +115,29 @@ const std::vector<NamedTensor>& group_of(const Checkpoint& checkpoint, const std
   return found->second;
 }
 
+// The pairs of a checkpoint and the model, where the checkpoint may do without the base.
+std::vector<std::pair<Tensor, Tensor>> model_pairs(const Checkpoint& checkpoint, const Model& model) {
+  const std::string base = checkpoint.content.state.value("base", "");
+  if (!base.empty() && base != base_hash(model))
+    data_error(checkpoint.folder + " holds adapters of another base than [init] from gives; start from the run that it started from");
+  return matched(kept_views(model, !base.empty()), group_of(checkpoint, "model"), checkpoint.folder + "/model.safetensors");
+}
+
+// What a source to start from holds.
+std::vector<NamedTensor> tensors_in(const std::string& from) {
+  namespace fs = std::filesystem;
+  if (from.ends_with(".safetensors")) return read_safetensors(from).tensors;
+  if (fs::is_directory(from + "/ckpt")) return group_of(load_latest(from + "/ckpt"), "model");
+  if (fs::exists(from + "/manifest.json")) return group_of(load_checkpoint(from), "model");
+  data_error(fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
+}
+
+bool is_routed(const Model& model, const std::string& name) {
+  for (const Site* site : model.sites())
+    if (name.starts_with(site->path + ".")) return true;
+  return false;
+}
+
 void copy_all(const std::vector<std::pair<Tensor, Tensor>>& pairs) {
   const at::NoGradGuard no_grad;
   for (const auto& [live, stored] : pairs) live.copy_(stored);
@@ -93,16 +145,17 @@ void copy_all(const std::vector<std::pair<Tensor, Tensor>>& pairs) {
 
 }  // namespace
 
-CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimizer, nlohmann::json state) {
+CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimizer, nlohmann::json state, bool trained_only) {
   CheckpointContent content;
-  content.groups["model"] = model_views(model);
+  if (trained_only) state["base"] = base_hash(model);
+  content.groups["model"] = kept_views(model, trained_only);
   content.groups["optimizer"] = optimizer_views(model, optimizer);
   content.state = std::move(state);
   return content;
 }
 
 void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& optimizer) {
-  const auto parameters = matched(model_views(model), group_of(checkpoint, "model"), checkpoint.folder + "/model.safetensors");
+  const auto parameters = model_pairs(checkpoint, model);
   const auto moments = matched(optimizer_views(model, optimizer), group_of(checkpoint, "optimizer"),
                                checkpoint.folder + "/optimizer.safetensors");
   copy_all(parameters);
@@ -117,7 +170,16 @@ void require_same_data(const Checkpoint& checkpoint, const Dataset& data) {
 }
 
 void restore_model(const Checkpoint& checkpoint, const Model& model) {
-  copy_all(matched(model_views(model), group_of(checkpoint, "model"), checkpoint.folder + "/model.safetensors"));
+  copy_all(model_pairs(checkpoint, model));
+}
+
+void start_from(const std::string& from, const Model& model) {
+  const std::vector<NamedTensor> stored = tensors_in(from);
+  std::set<std::string> names;
+  for (const NamedTensor& entry : stored) names.insert(entry.name);
+  std::vector<NamedTensor> views = model_views(model);
+  std::erase_if(views, [&](const NamedTensor& view) { return !names.contains(view.name) && is_routed(model, view.name); });
+  copy_all(matched(views, stored, from));
 }
 
 }  // namespace moelab

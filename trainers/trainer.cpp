@@ -75,7 +75,7 @@ Trainer::Trainer(const TrainSettings& settings, std::shared_ptr<Model> model, st
     : settings_(settings), model_(std::move(model)), data_(std::move(data)), comm_(std::move(comm)),
       checkpoint_root_(std::move(checkpoint_root)), observers_(std::move(observers)),
       objective_(make_objective(settings.objective, settings.objective_options)),
-      optimizer_(settings.optimizer, model_->parameters()),
+      optimizer_(settings.optimizer, model_->optimised()),
       window_(model_->sites()), last_window_(window_) {}
 
 Outcome Trainer::run() {
@@ -201,8 +201,9 @@ void Trainer::save() {
   const nlohmann::json state{{"step", step_}, {"tokens", tokens_}, {"frozen", frozen_names(*model_)},
                              {"data", data_->fingerprint()},
                              {"window", window_.save()}, {"last_window", last_window_.save()}};
-  const std::string folder = write_checkpoint(checkpoint_root_, step_, checkpoint_content(*model_, optimizer_, state),
-                                              static_cast<int>(settings_.keep_last));
+  const std::string folder = write_checkpoint(
+      checkpoint_root_, step_, checkpoint_content(*model_, optimizer_, state, settings_.checkpoint_trained_only),
+      static_cast<int>(settings_.keep_last));
   saved_step_ = step_;
   for (Observer* observer : observers_) observer->on_checkpoint(folder, step_);
 }

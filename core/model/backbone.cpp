@@ -6,40 +6,60 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <map>
+
 namespace moelab {
 namespace {
 
 // A forward pass on its way through the blocks.
-struct Pass {
-  const StepContext& context;
-  RouteInput in;  // the carry of the latest routed layer is in here
-  std::vector<SiteResult>& sites;
+class BlockWalk {
+ public:
+  BlockWalk(const StepContext& context, RouteInput in, std::vector<SiteResult>& done, DecodeState* state)
+      : context_(context), in_(std::move(in)), done_(done), state_(state) {}
 
-  void prepare(int64_t layer, const Block& block) {
-    in.layer = layer;
-    in.random = layer_key(context, layer);
-    in.forced = nullptr;
-    if (!context.forced || !block.moe()) return;
-    const Assignment& replayed = context.forced->at(sites.size());
-    if (replayed.defined()) in.forced = &replayed;  // plans that choose nothing have none
+  // What the next block gets.
+  const RouteInput& input(int64_t layer) {
+    in_.layer = layer;
+    in_.random = layer_key(context_, layer);
+    return in_;
   }
-  Tensor take(BlockOutput out) {
-    if (out.site) {
-      in.carry = out.site->carry;
-      sites.push_back(std::move(*out.site));
+
+  std::vector<SiteShare> shares(const Block& block) {
+    std::vector<SiteShare> all;
+    for (const MoELayer* site : block.sites()) all.push_back(share(*site, done_.size() + all.size()));
+    return all;
+  }
+
+  BlockState block_state(size_t block) const {
+    return state_ ? BlockState{state_->position, &state_->caches[block]} : BlockState{};
+  }
+
+  Tensor take(const Block& block, BlockOutput out) {
+    const std::vector<MoELayer*> sites = block.sites();
+    for (size_t s = 0; s < sites.size(); ++s) {
+      carry_[site_name(sites[s]->site())] = out.sites[s].carry;
+      done_.push_back(std::move(out.sites[s]));
     }
     return out.x_BLD;
   }
-};
 
-// The part of a request's state that the next block reads.
-BlockState state_of_block(DecodeState& state, size_t block, bool routes, size_t site) {
-  BlockState kept{state.position, &state.caches[block], nullptr, nullptr};
-  if (!routes) return kept;
-  kept.router = &state.routers[site];
-  kept.experts = &state.experts[site];
-  return kept;
-}
+ private:
+  SiteShare share(const MoELayer& site, size_t index) {
+    SiteShare share{.carry = carry_[site_name(site.site())]};
+    if (context_.forced && context_.forced->at(index).defined()) share.forced = &context_.forced->at(index);
+    if (!state_) return share;
+    share.state = &state_->routers[index];
+    share.cache = &state_->experts[index];
+    return share;
+  }
+
+  const StepContext& context_;
+  RouteInput in_;
+  std::vector<SiteResult>& done_;
+  DecodeState* state_;
+  std::map<std::string, Tensor> carry_;  // of the latest site of each name
+};
 
 }  // namespace
 
@@ -54,12 +74,13 @@ void Backbone::add_blocks(const std::vector<BlockSettings>& settings) {
 Tensor Backbone::through_blocks(Tensor x_BLD, const std::shared_ptr<const BatchRows>& rows, const StepContext& context,
                                 std::vector<SiteResult>& sites, DecodeState* state) const {
   const bool recompute = context.recompute && at::GradMode::is_enabled();
-  Pass pass{context, rows->route_input(context), sites};
+  BlockWalk walk(context, rows->route_input(context), sites, state);
   for (size_t b = 0; b < blocks_.size(); ++b) {
     const std::shared_ptr<Block>& block = blocks_[b];
-    pass.prepare(static_cast<int64_t>(b), *block);
-    const BlockState kept = state ? state_of_block(*state, b, block->moe() != nullptr, sites.size()) : BlockState{};
-    x_BLD = pass.take(recompute ? forward_recomputed(block, x_BLD, rows, pass.in) : block->forward(x_BLD, *rows, pass.in, kept));
+    const RouteInput& in = walk.input(static_cast<int64_t>(b));
+    const std::vector<SiteShare> shares = walk.shares(*block);
+    x_BLD = walk.take(*block, recompute ? forward_recomputed(block, x_BLD, rows, in, shares)
+                                        : block->forward(x_BLD, *rows, in, shares, walk.block_state(b)));
   }
   return x_BLD;
 }
@@ -67,15 +88,31 @@ Tensor Backbone::through_blocks(Tensor x_BLD, const std::shared_ptr<const BatchR
 std::vector<Site*> Backbone::sites() const {
   std::vector<Site*> all;
   for (const auto& block : blocks_)
-    if (block->moe()) all.push_back(&block->moe()->site());
+    for (MoELayer* site : block->sites()) all.push_back(&site->site());
   return all;
 }
 
 std::vector<std::string> Backbone::training_sees_future() const {
   std::vector<std::string> labels;
-  for (const auto& block : blocks_)
-    if (!block->sees_future().empty()) labels.push_back(block->moe()->site().path + ": " + block->sees_future());
+  for (const auto& block : blocks_) labels.insert(labels.end(), block->sees_future().begin(), block->sees_future().end());
   return labels;
+}
+
+bool Backbone::has_adapters() const {
+  return std::any_of(blocks_.begin(), blocks_.end(), [](const auto& block) { return block->adapters() != nullptr; });
+}
+
+void Backbone::freeze_base() const {
+  if (!has_adapters()) return;
+  for (const NamedTensor& parameter : parameters())
+    if (parameter.name.find(".adapters.") == std::string::npos) parameter.tensor.requires_grad_(false);
+}
+
+std::vector<NamedTensor> Backbone::optimised() const {
+  std::vector<NamedTensor> all = parameters();
+  if (has_adapters())
+    std::erase_if(all, [](const NamedTensor& parameter) { return parameter.name.find(".adapters.") == std::string::npos; });
+  return all;
 }
 
 int64_t Backbone::active_parameters() const {

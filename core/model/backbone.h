@@ -10,8 +10,12 @@ class Backbone : public Model {
   std::vector<Site*> sites() const override;
   std::vector<std::string> training_sees_future() const override;
   int64_t active_parameters() const override;
+  std::vector<NamedTensor> optimised() const override;
 
  protected:
+  // Where blocks carry adapters, everything else stands still: called by models when all their parameters are there.
+  void freeze_base() const;
+
   // Registers them as "layers.0", "layers.1", …
   void add_blocks(const std::vector<BlockSettings>& settings);
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
@@ -23,6 +27,8 @@ class Backbone : public Model {
   double block_flops_per_row(int64_t context) const;  // Σ over the blocks
 
  private:
+  bool has_adapters() const;
+
   std::vector<std::shared_ptr<Block>> blocks_;
 };
 

@@ -28,10 +28,9 @@ std::string remedy(const LookAhead& ahead, Mode mode) {
   return mode == Mode::kTrain ? fmt::format("{}, or {}", cure, kLabelled) : cure;
 }
 
-[[noreturn]] void refuse_look_ahead(const Table& tables, const LayerSettings& layer, const LookAhead& ahead, Mode mode) {
+[[noreturn]] void refuse_look_ahead(const Table& moe, const LayerSettings& layer, const LookAhead& ahead, Mode mode) {
   const std::string message = fmt::format("layer {}: router '{}' looks ahead in {} of a causal model: {}; {}", layer.router_spec.layer,
                                           layer.router, to_string(mode), ahead.reason, remedy(ahead, mode));
-  const Table moe = tables.child("moe");
   if (ahead.by_router) moe.child("router").fail("name", message);
   const Table eval = moe.child("capacity").child("eval");
   const bool written_in_eval = mode != Mode::kTrain && eval.present();
@@ -41,13 +40,13 @@ std::string remedy(const LookAhead& ahead, Mode mode) {
 
 }  // namespace
 
-std::string require_causal(const Table& tables, const LayerSettings& layer, bool allow_noncausal_training) {
+std::string require_causal(const Table& moe, const LayerSettings& layer, bool allow_noncausal_training) {
   // Only an instance knows its facts; it is small beside the experts.
   const RouterFacts facts = make_router(layer.router, layer.router_spec)->facts();
   const LookAhead eval = look_ahead(layer, facts, Mode::kEval);
-  if (!eval.reason.empty()) refuse_look_ahead(tables, layer, eval, Mode::kEval);
+  if (!eval.reason.empty()) refuse_look_ahead(moe, layer, eval, Mode::kEval);
   const LookAhead train = look_ahead(layer, facts, Mode::kTrain);
-  if (!train.reason.empty() && !allow_noncausal_training) refuse_look_ahead(tables, layer, train, Mode::kTrain);
+  if (!train.reason.empty() && !allow_noncausal_training) refuse_look_ahead(moe, layer, train, Mode::kTrain);
   return train.reason;
 }
 

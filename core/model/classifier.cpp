@@ -37,6 +37,7 @@ void Classifier::add_head(const BackboneSettings& settings) {
   norm_D_ = add_parameter("norm.weight", at::ones({settings.width}, options));
   head_VD_ = add_parameter("head.weight", normal_tensor(settings.init.with("head"), {data_.classes, settings.width}, kHeadStd, settings.dtype));
   head_V_ = add_parameter("head.bias", at::zeros({data_.classes}, options));
+  freeze_base();
 }
 
 double Classifier::head_flops() const { return 2.0 * static_cast<double>(head_VD_.numel()); }

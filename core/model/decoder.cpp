@@ -45,6 +45,7 @@ class DecoderModel : public Backbone {
     add_blocks(settings.blocks);
     norm_D_ = add_parameter("norm.weight", at::ones({settings.width}, at::TensorOptions().dtype(settings.dtype)));
     if (!options.flag("tie_embeddings")) output_VD_ = add_parameter("output.weight", matrix_VD("output"));
+    freeze_base();
   }
 
   ModelOutput forward(const Batch& batch, const StepContext& context) const override {

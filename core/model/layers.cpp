@@ -35,7 +35,31 @@ Tensor attend_causally(const Tensor& q_BHLA, const Tensor& k_BHKA, const Tensor&
   return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA, seen_LK);
 }
 
+// Turns pairs (i, i + A/2) of the last dimension.
+Tensor turned_pairs(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const int64_t half = x.size(-1) / 2;
+  const Tensor low = x.narrow(-1, 0, half), high = x.narrow(-1, half, half);
+  return at::cat({low * cos - high * sin, high * cos + low * sin}, -1).to(x.scalar_type());
+}
+
+Tensor rotary_angles(const Tensor& position_T, int64_t head_size, double base) {
+  const Tensor exponent_A2 = at::arange(0, head_size, 2, at::kDouble).div(-static_cast<double>(head_size));
+  return position_T.to(at::kDouble).unsqueeze(1).mul(at::pow(base, exponent_A2));
+}
+
 }  // namespace
+
+Tensor attend(const Tensor& q_BHLA, const Tensor& k_BHKA, const Tensor& v_BHKA, bool causal, const Tensor& real_BK) {
+  if (causal) return attend_causally(q_BHLA, k_BHKA, v_BHKA);
+  if (!real_BK.defined()) return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA);
+  return at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA, real_BK.view({real_BK.size(0), 1, 1, real_BK.size(1)}));
+}
+
+Tensor rotate_rows(const Tensor& x_THA, const Tensor& position_T, double base) {
+  const auto options = x_THA.options().dtype(layer_precision(x_THA));
+  const Tensor angle_T1A = rotary_angles(position_T, x_THA.size(2), base).unsqueeze(1);
+  return turned_pairs(x_THA, angle_T1A.cos().to(options), angle_T1A.sin().to(options));
+}
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight_D) {
   const at::ScalarType dtype = layer_precision(x);
@@ -43,19 +67,15 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight_D) {
 }
 
 RotaryEmbedding::RotaryEmbedding(int64_t head_size, int64_t context, double base) {
-  const Tensor exponent_A2 = at::arange(0, head_size, 2, at::kDouble).div(-static_cast<double>(head_size));
-  const Tensor angle_LA2 = at::arange(context, at::kDouble).unsqueeze(1).mul(at::pow(base, exponent_A2));
+  const Tensor angle_LA2 = rotary_angles(at::arange(context, at::kLong), head_size, base);
   cos_LA2_ = angle_LA2.cos();
   sin_LA2_ = angle_LA2.sin();
 }
 
 Tensor RotaryEmbedding::operator()(const Tensor& x_BHLA, int64_t first) const {
   const auto options = x_BHLA.options().dtype(layer_precision(x_BHLA));
-  const Tensor cos_LA2 = cos_LA2_.narrow(0, first, x_BHLA.size(2)).to(options);
-  const Tensor sin_LA2 = sin_LA2_.narrow(0, first, x_BHLA.size(2)).to(options);
-  const int64_t half = x_BHLA.size(3) / 2;
-  const Tensor low = x_BHLA.narrow(3, 0, half), high = x_BHLA.narrow(3, half, half);
-  return at::cat({low * cos_LA2 - high * sin_LA2, high * cos_LA2 + low * sin_LA2}, 3).to(x_BHLA.scalar_type());
+  const int64_t rows = x_BHLA.size(2);
+  return turned_pairs(x_BHLA, cos_LA2_.narrow(0, first, rows).to(options), sin_LA2_.narrow(0, first, rows).to(options));
 }
 
 SelfAttention::SelfAttention(const AttentionSpec& spec) : heads_(spec.heads), causal_(spec.causal) {
@@ -70,25 +90,27 @@ SelfAttention::SelfAttention(const AttentionSpec& spec) : heads_(spec.heads), ca
   o_DD_ = weight("o", spec.output_scale);
 }
 
-Tensor SelfAttention::heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const {
-  const int64_t width = x_BLD.size(2);
-  return at::linear(x_BLD, weight_DD).view({x_BLD.size(0), x_BLD.size(1), heads_, width / heads_}).transpose(1, 2);
+Tensor SelfAttention::heads_of(const Tensor& x_BLD) const {
+  return x_BLD.view({x_BLD.size(0), x_BLD.size(1), heads_, x_BLD.size(2) / heads_}).transpose(1, 2);
 }
 
 Tensor SelfAttention::turned(const Tensor& x_BHLA, int64_t first) const { return rotary_ ? (*rotary_)(x_BHLA, first) : x_BHLA; }
 
-Tensor SelfAttention::forward(const Tensor& x_BLD, int64_t first, DecodeCache* cache) const {
-  const Tensor q_BHLA = turned(heads_of(x_BLD, q_DD_), first);
-  Tensor k_BHKA = turned(heads_of(x_BLD, k_DD_), first);
-  Tensor v_BHKA = heads_of(x_BLD, v_DD_);
+Tensor SelfAttention::forward(const Tensor& x_BLD, int64_t first, DecodeCache* cache, const LinearDelta& delta) const {
+  const auto linear = [&](const char* map, const Tensor& rows_BLD, const Tensor& weight_DD) {
+    const Tensor y_BLD = at::linear(rows_BLD, weight_DD), more_BLD = delta ? delta(map, rows_BLD) : Tensor();
+    return more_BLD.defined() ? y_BLD.add(more_BLD) : y_BLD;
+  };
+  const Tensor q_BHLA = turned(heads_of(linear("q", x_BLD, q_DD_)), first);
+  Tensor k_BHKA = turned(heads_of(linear("k", x_BLD, k_DD_)), first);
+  Tensor v_BHKA = heads_of(linear("v", x_BLD, v_DD_));
   if (cache) {
     check_invariant(causal_, "attention over all positions cannot go on from earlier ones");
     k_BHKA = appended(*cache, "k", k_BHKA);
     v_BHKA = appended(*cache, "v", v_BHKA);
   }
-  const Tensor mixed_BLHA =
-      (causal_ ? attend_causally(q_BHLA, k_BHKA, v_BHKA) : at::scaled_dot_product_attention(q_BHLA, k_BHKA, v_BHKA)).transpose(1, 2);
-  return at::linear(mixed_BLHA.reshape(x_BLD.sizes()), o_DD_);
+  const Tensor mixed_BLHA = attend(q_BHLA, k_BHKA, v_BHKA, causal_).transpose(1, 2);
+  return linear("o", mixed_BLHA.reshape(x_BLD.sizes()), o_DD_);
 }
 
 double SelfAttention::flops_per_row(int64_t context) const {

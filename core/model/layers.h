@@ -5,6 +5,7 @@
 #include "core/expert.h"
 #include "core/module.h"
 
+#include <functional>
 #include <optional>
 
 namespace moelab {
@@ -24,6 +25,13 @@ class RotaryEmbedding {
   Tensor cos_LA2_, sin_LA2_;  // float64, one row per position, one column per pair
 };
 
+// The same of rows [T,H,A] that each stand at a position of their own.
+Tensor rotate_rows(const Tensor& x_THA, const Tensor& position_T, double base);
+
+// softmax(q·kᵀ/√A)·v for queries that are the last of the keys' positions. Causal: each sees itself and those before it.
+// real_BK (bool, undefined = all) says which keys are there; causal attention has those that are not at the end.
+Tensor attend(const Tensor& q_BHLA, const Tensor& k_BHKA, const Tensor& v_BHKA, bool causal, const Tensor& real_BK = {});
+
 struct AttentionSpec {
   int64_t width = 0;
   int64_t heads = 1;
@@ -36,18 +44,21 @@ struct AttentionSpec {
   RandomKey init;
 };
 
+// What is added to linear map "q", "k", "v" or "o" of x; undefined = nothing.
+using LinearDelta = std::function<Tensor(const char* map, const Tensor& x_BLD)>;
+
 // Multi-head self-attention without biases.
 class SelfAttention : public Module {
  public:
   explicit SelfAttention(const AttentionSpec& spec);
 
   // `cache` holds the keys and values of earlier calls; x_BLD continues them at position `first`. Causal attention alone.
-  Tensor forward(const Tensor& x_BLD, int64_t first = 0, DecodeCache* cache = nullptr) const;
+  Tensor forward(const Tensor& x_BLD, int64_t first = 0, DecodeCache* cache = nullptr, const LinearDelta& delta = {}) const;
 
   double flops_per_row(int64_t context) const;  // the mean over the positions of a full sequence
 
  private:
-  Tensor heads_of(const Tensor& x_BLD, const Tensor& weight_DD) const;  // [B,H,L,A]
+  Tensor heads_of(const Tensor& x_BLD) const;  // [B,H,L,A]
   Tensor turned(const Tensor& x_BHLA, int64_t first) const;
 
   int64_t heads_;

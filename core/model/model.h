@@ -64,6 +64,10 @@ class Model : public Module {
   virtual int64_t context() const = 0;  // rows of the longest sequence: its tokens, or the patches of an image
   virtual int64_t rows(const Batch& batch) const { return batch.rows(); }  // that each layer routes
 
+  // The parameters that training may ever move. A base under adapters is not among them: it needs no moments, and a checkpoint
+  // may leave it out.
+  virtual std::vector<NamedTensor> optimised() const { return parameters(); }
+
   // "layers.3.moe: reason" for each site whose training decisions look at later tokens; its training loss is labelled so.
   virtual std::vector<std::string> training_sees_future() const { return {}; }
 

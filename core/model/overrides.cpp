@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "core/model/settings.h"
+#include "core/moe_layer.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -12,7 +13,11 @@
 namespace moelab {
 namespace {
 
-const std::vector<std::string> kOverrideTables{"moe", "loss"};
+std::vector<std::string> override_tables() {
+  std::vector<std::string> tables = layer_tables();
+  tables.emplace_back("loss");
+  return tables;
+}
 
 std::vector<std::string> split_at_commas(const std::string& words) {
   std::vector<std::string> parts{""};
@@ -36,10 +41,10 @@ int64_t block_number(const Table& table, const std::string& key, const std::stri
 // `where` is a word or a list of integers; the reader of options knows one type per key.
 std::string where_of(const Table& layer) {
   try {
-    return layer.options(layer_override_options(), kOverrideTables).text("where");
+    return layer.options(layer_override_options(), override_tables()).text("where");
   } catch (const Error&) {
     const OptionSpec list = option("where", std::vector<int64_t>{}, "blocks");
-    const std::vector<int64_t> blocks = layer.options({list}, kOverrideTables).integers("where");
+    const std::vector<int64_t> blocks = layer.options({list}, override_tables()).integers("where");
     return fmt::format("{}", fmt::join(blocks, ","));
   }
 }

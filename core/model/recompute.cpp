@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
+
 namespace moelab {
 namespace {
 
@@ -18,40 +20,43 @@ struct RecomputeJob : torch::CustomClassHolder {
   std::shared_ptr<const Block> block;
   std::shared_ptr<const BatchRows> rows;
   RouteInput in;
-  bool carries = false;
-  Assignment assignment;  // made by the first pass
+  std::vector<bool> carries;            // per site
+  std::vector<Assignment> assignments;  // per site, made by the first pass
   AutocastScope::State autocast{false, at::kFloat};
-  BlockOutput first;      // of the first pass; taken by forward_recomputed
+  BlockOutput first;                    // of the first pass; taken by forward_recomputed
 
-  // Inputs before the parameters: x, and the carry where there is one.
-  size_t activations() const { return carries ? 2 : 1; }
+  // Inputs before the parameters: x, and the carries that there are.
+  size_t activations() const { return 1 + static_cast<size_t>(std::count(carries.begin(), carries.end(), true)); }
 
   BlockOutput run(at::TensorList inputs) const {
     const AutocastScope scope(inputs[0].device().type(), autocast);
-    RouteInput again = in;
-    if (carries) again.carry = inputs[1];
-    if (assignment.defined()) again.forced = &assignment;
-    return block->forward(inputs[0], *rows, std::move(again));
+    std::vector<SiteShare> shares(carries.size());
+    for (size_t s = 0, next = 1; s < shares.size(); ++s) {
+      if (carries[s]) shares[s].carry = inputs[static_cast<int64_t>(next++)];
+      if (assignments[s].defined()) shares[s].forced = &assignments[s];
+    }
+    return block->forward(inputs[0], *rows, in, std::move(shares));
   }
 };
 
 // Every tensor of an output that a gradient may come back to, in a fixed order.
 std::vector<Tensor*> differentiable_parts(BlockOutput& out) {
   std::vector<Tensor*> parts{&out.x_BLD};
-  if (!out.site) return parts;
-  if (out.site->carry.defined()) parts.push_back(&out.site->carry);
-  for (TermStatistics& term : out.site->statistics)
-    for (LossStatistics& scope : term.per_scope)
-      for (Tensor& sum : scope.sums) parts.push_back(&sum);
+  for (SiteResult& site : out.sites) {
+    if (site.carry.defined()) parts.push_back(&site.carry);
+    for (TermStatistics& term : site.statistics)
+      for (LossStatistics& scope : term.per_scope)
+        for (Tensor& sum : scope.sums) parts.push_back(&sum);
+  }
   return parts;
 }
 
-// Inputs are x, the carry where there is one, and every parameter of the block, so that the engine accumulates their gradients
+// Inputs are x, the carries, and every parameter of the block, so that the engine accumulates their gradients
 // as it does without recomputation. (An undefined tensor must not be among them: the engine asks each for its device.)
 struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::intrusive_ptr<RecomputeJob>& job) {
     job->first = job->run(inputs);
-    if (job->first.site) job->assignment = job->first.site->assignment;
+    for (size_t s = 0; s < job->first.sites.size(); ++s) job->assignments[s] = job->first.sites[s].assignment;
     ctx->save_for_backward(inputs.vec());
     ctx->saved_data["job"] = c10::IValue::make_capsule(job);
     variable_list outputs;
@@ -93,18 +98,19 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
 }  // namespace
 
 BlockOutput forward_recomputed(const std::shared_ptr<const Block>& block, const Tensor& x_BLD,
-                               const std::shared_ptr<const BatchRows>& rows, const RouteInput& in) {
+                               const std::shared_ptr<const BatchRows>& rows, const RouteInput& in,
+                               const std::vector<SiteShare>& shares) {
   const auto job = c10::make_intrusive<RecomputeJob>();
   job->block = block;
   job->rows = rows;
   job->in = in;
-  job->in.carry = Tensor();  // saved by the graph
   job->autocast = AutocastScope::current(x_BLD.device().type());
-  if (in.forced) job->assignment = *in.forced;
-  job->in.forced = nullptr;  // points into the caller's memory
-  job->carries = in.carry.defined();
   variable_list inputs{x_BLD};
-  if (job->carries) inputs.push_back(in.carry);
+  for (const SiteShare& share : shares) {
+    job->assignments.push_back(share.forced ? *share.forced : Assignment{});  // `forced` points into the caller's memory
+    job->carries.push_back(share.carry.defined());
+    if (share.carry.defined()) inputs.push_back(share.carry);  // saved by the graph
+  }
   for (const NamedTensor& parameter : block->parameters()) inputs.push_back(parameter.tensor);
   const variable_list outputs = RecomputeFunction::apply(at::TensorList(inputs), job);
   BlockOutput out = std::move(job->first);

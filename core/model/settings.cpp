@@ -37,28 +37,100 @@ struct BlockReader {
     return settings;
   }
 
-  BlockSettings dense(int64_t index) const {
+  DenseSettings dense(int64_t index) const {
+    ExpertSpec expert{model.integer("width"), 1, model_dtype(model), init_of(index).with("dense"), output_scale(), {}};
+    return dense_expert("ffn", std::move(expert), dense_hidden(), model.text("dense_activation"));
+  }
+
+  int64_t dense_hidden() const { return hidden_width(model.integer("dense_width"), model.integer("width")); }
+
+  LayerSettings layer(const Table& tables, const std::string& table, int64_t index) const {
+    const RandomKey key = table == "moe" ? init_of(index) : init_of(index).with(table);
+    LayerSettings layer = read_layer(tables, model.integer("width"), index, spec.data.vocabulary(), model_dtype(model), key, table);
+    layer.expert_spec.output_scale = output_scale();
+    return layer;
+  }
+
+  // `routed` are the tables that describe this block's routed places.
+  BlockSettings read(const Table& tables, const std::vector<std::string>& routed, int64_t index) const {
     BlockSettings settings = block(index);
-    ExpertSpec expert{settings.width, 1, settings.dtype, init_of(index).with("dense"), output_scale(), {}};
-    const int64_t hidden = hidden_width(model.integer("dense_width"), settings.width);
-    settings.dense = dense_expert("ffn", std::move(expert), hidden, model.text("dense_activation"));
+    for (const std::string& table : routed) place(settings, tables, table, layer(tables, table, index));
+    if (!settings.moe && !settings.dense) settings.dense = dense(index);
+    if (settings.adapters && (settings.moe || settings.routed_attention))
+      tables.child("adapters").fail("layers", fmt::format("block {} has routed experts: adapters are laid on blocks without them", index));
     return settings;
   }
 
-  BlockSettings routed(const Table& tables, int64_t index) const {
-    BlockSettings settings = block(index);
-    LayerSettings layer = read_layer(tables, settings.width, index, spec.data.vocabulary(), settings.dtype, init_of(index));
-    layer.expert_spec.output_scale = output_scale();
-    const std::string& twin = model.text("twin");
-    if (twin != "none") {
-      settings.dense = dense_twin(tables, layer, twin);
-      return settings;
+  void place(BlockSettings& settings, const Table& tables, const std::string& table, LayerSettings layer) const {
+    const Table here = tables.child(table);
+    const bool twin = model.text("twin") != "none";
+    if (twin && layer.place != ExpertPlace::kFeedForward)
+      spec.root.child("model").fail("twin", fmt::format("only feed-forward experts have a dense twin; '{}' has none", layer.expert));
+    if (attention && attention->causal && !twin)
+      if (const std::string why = require_causal(here, layer, spec.allow_noncausal_training); !why.empty())
+        settings.sees_future.push_back(fmt::format("layers.{}.{}: {}", layer.router_spec.layer, table, why));
+    const auto once = [&](bool taken) {
+      if (taken) here.child("expert").fail("name", fmt::format("experts '{}' want a place of the block that another table has", layer.expert));
+    };
+    if (layer.place == ExpertPlace::kAttention) {
+      once(settings.routed_attention.has_value());
+      if (!attention) here.child("expert").fail("name", fmt::format("experts '{}' are attention heads, but this model has no attention", layer.expert));
+      settings.routed_attention = std::move(layer);
+    } else if (layer.place == ExpertPlace::kLinears) {
+      once(settings.adapters.has_value());
+      settings.adapters = read_adapters(here.child("expert"), std::move(layer), linears());
+    } else {
+      once(settings.moe.has_value() || settings.dense.has_value());
+      if (twin) settings.dense = dense_twin(tables, layer, model.text("twin"));
+      else settings.moe = std::move(layer);
     }
-    if (attention && attention->causal) settings.sees_future = require_causal(tables, layer, spec.allow_noncausal_training);
-    settings.moe = std::move(layer);
-    return settings;
+  }
+
+  // The maps of a block that adapters may be laid on.
+  std::vector<LinearShape> linears() const {
+    const int64_t width = model.integer("width");
+    std::vector<LinearShape> all;
+    if (attention)
+      for (const char* name : {"q", "k", "v", "o"}) all.push_back({std::string("attention.") + name, width, width});
+    const FeedForwardForm form(activation_named(model.text("dense_activation")));
+    for (const LinearShape& map : form.shapes(width, dense_hidden())) all.push_back({"dense." + map.name, map.in, map.out});
+    return all;
   }
 };
+
+// The tables that describe routed places, with the blocks that each of them routes in. Where none is written, all is the default
+// of [moe]; where others are, [moe] has to be written too.
+struct RoutedTable {
+  std::string name;
+  std::vector<bool> blocks;
+};
+
+std::vector<RoutedTable> routed_tables(const Table& root, const Options& model, int64_t layers) {
+  std::vector<RoutedTable> routed;
+  for (const std::string& name : layer_tables()) {
+    const Table table = root.child(name);
+    if (name == "moe" || !table.present()) continue;
+    const std::string where = table.options({option("layers", "all", "")}, table.keys()).text("layers");
+    routed.push_back({name, named_blocks(table, "layers", where, layers)});
+  }
+  if (root.child("moe").present() || routed.empty())
+    routed.push_back({"moe", named_blocks(root.child("model"), "moe_layers", model.text("moe_layers"), layers)});
+  return routed;
+}
+
+std::vector<std::string> tables_at(const std::vector<RoutedTable>& routed, size_t block) {
+  std::vector<std::string> names;
+  for (const RoutedTable& table : routed)
+    if (table.blocks[block]) names.push_back(table.name);
+  return names;
+}
+
+std::vector<bool> any_blocks(const std::vector<RoutedTable>& routed, int64_t layers) {
+  std::vector<bool> any(static_cast<size_t>(layers), false);
+  for (const RoutedTable& table : routed)
+    for (size_t b = 0; b < any.size(); ++b) any[b] = any[b] || table.blocks[b];
+  return any;
+}
 
 // The [[loss]] of a label, or [moe] where the loss is the paper's.
 Table table_of_loss(const Table& root, const std::string& label) {
@@ -116,14 +188,13 @@ AttentionSpec read_attention(const Table& model, const Options& options) {
 }
 
 BackboneSettings read_backbone(const ModelSpec& spec, const Options& options, const std::optional<AttentionSpec>& attention) {
-  const Table model = spec.root.child("model");
   const int64_t layers = options.integer("layers");
-  const std::vector<bool> has_moe = named_blocks(model, "moe_layers", options.text("moe_layers"), layers);
-  const std::vector<Table> tables = tables_of_blocks(spec.root, has_moe);
+  const std::vector<RoutedTable> routed = routed_tables(spec.root, options, layers);
+  const std::vector<Table> tables = tables_of_blocks(spec.root, any_blocks(routed, layers));
   const BlockReader reader{spec, options, attention, random_key(spec.seed, "init")};
   BackboneSettings settings{options.integer("width"), model_dtype(options), reader.init, {}};
   for (int64_t block = 0; block < layers; ++block)
-    settings.blocks.push_back(has_moe[block] ? reader.routed(tables[block], block) : reader.dense(block));
+    settings.blocks.push_back(reader.read(tables[block], tables_at(routed, static_cast<size_t>(block)), block));
   refuse_unequal_pools(tables, settings.blocks);
   return settings;
 }

@@ -21,7 +21,7 @@ TEST_CASE("the registry lists the data sets in order of their names") {
   std::vector<std::string> names;
   for (const DatasetEntry& entry : Registry<DatasetEntry>::instance().all()) names.push_back(entry.name);
   CHECK(std::is_sorted(names.begin(), names.end()));
-  for (const char* name : {"bytes", "clusters", "fashion_mnist", "kjv", "markov"}) CHECK(Registry<DatasetEntry>::instance().contains(name));
+  for (const char* name : {"bytes", "clusters", "fashion_mnist", "fortunes_de", "kjv", "markov"}) CHECK(Registry<DatasetEntry>::instance().contains(name));
   CHECK_FALSE(Registry<DatasetEntry>::instance().contains("bible"));
 }
 
@@ -29,7 +29,7 @@ TEST_CASE("an unknown name is refused with the nearest one and the whole list") 
   const Failure failure = failure_of([] { make_dataset("markow", {}); });
   CHECK(failure.code == ExitCode::kUsage);
   CHECK(failure.says("did you mean 'markov'?"));
-  CHECK(failure.says("bytes, clusters, fashion_mnist, kjv, markov"));
+  CHECK(failure.says("bytes, clusters, fashion_mnist, fortunes_de, kjv, markov"));
 }
 
 TEST_CASE("two entries of one name are reported at first use with both files, not before") {

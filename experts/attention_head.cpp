@@ -1,0 +1,409 @@
+// Attention heads as experts. In all three a head is softmax(q·Kᵀ/√A)·V over the row's sequence, A the size of a head.
+//
+//   moa         Zhang et al. 2022 (Mixture of Attention Heads, arXiv 2210.05144): y = Σ_{e chosen} g_e·W_o^e·att(W_q^e·x, K, V), with
+//               K = W_k·x and V = W_v·x shared by all heads. One decision routes the query side and the output side.
+//   moh         Jin et al. 2024 (Mixture-of-Head attention, 2410.11842): heads have their own K and V. S shared heads with gates
+//               a_1·S·softmax(W_s·x), routed ones with a_2·K·g_e, K the row's number of routed heads; (a_1, a_2) = 2·softmax(W_a·x).
+//               The router's gates should sum to 1 (renormalise = "before_drop").
+//   switchhead  Csordás et al. 2023 (SwitchHead, 2312.07987): H heads with dense W_q and W_k; of each head the value and the output
+//               projection are mixtures, V = Σ_e s_e·W_v^e·x and y = Σ_h Σ_e d_e·W_o^{h,e}·att_h, with a decision each, both over x.
+//               The paper's router is sigmoid_topk with renormalise = "none".
+//
+// Causal or not, as the model asks; positions may turn queries and keys (rotary), as the model asks.
+//
+// Initial weights: N(0, 1/fan_in), output projections times `output_scale`; drawn per (parameter, expert). W_a and W_s start at 0, so
+// that all gates of shared heads are 1.
+//
+// Differences from the paper: moh computes every head and weights it (as its code does: nothing is saved by skipping); its load
+// balance loss is a [[loss]]. moa's positions are relative in the paper, rotary here.
+#include "core/error.h"
+#include "core/grouped.h"
+#include "core/model/routed_attention.h"
+#include "core/model/sequence_grid.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+
+namespace moelab {
+namespace {
+
+// One projection of every head: [experts, out, in].
+struct HeadMap {
+  std::string name;
+  int64_t out, in;
+  double scale = 1;
+};
+
+// Stage s of the bank is its map `stages[s]`.
+class HeadBank : public ExpertBank {
+ public:
+  HeadBank(const ExpertSpec& spec, std::vector<HeadMap> maps, std::vector<size_t> stages)
+      : maps_(std::move(maps)), stages_(std::move(stages)) {
+    groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
+    for (const HeadMap& map : maps_)
+      groups_.front().stacked.push_back({map.name, add_parameter(map.name, at::empty({spec.experts, map.out, map.in}, spec.dtype))});
+    for (int64_t e = 0; e < spec.experts; ++e) reset_expert(e, spec.init);
+    set_name("attention_head");
+    set_kind("attention_head " + spec.options.text("style"));
+  }
+
+  int stages() const override { return static_cast<int>(stages_.size()); }
+  int64_t output_width(int stage) const override { return maps_.at(stages_.at(static_cast<size_t>(stage))).out; }
+  Tensor forward(const ExpertContext& context, int stage) const override {
+    return grouped_linear(context.rows_ND, weight(stages_.at(static_cast<size_t>(stage))), {}, context.offsets_E1);
+  }
+  std::string refuses(PlanForm form) const override {
+    return form == PlanForm::kSparse ? ExpertBank::refuses(form) : "attention heads are chosen row by row; use a router with a sparse plan";
+  }
+  double flops_per_row(int64_t) const override {
+    double flops = 0;
+    for (const HeadMap& map : maps_) flops += 2.0 * static_cast<double>(map.out * map.in);
+    return flops;
+  }
+
+  void reset_expert(int64_t expert, RandomKey key) override {
+    const at::NoGradGuard no_grad;
+    for (size_t m = 0; m < maps_.size(); ++m) {
+      const Tensor weight_OI = weight(m).select(0, expert);
+      const double std = maps_[m].scale / std::sqrt(static_cast<double>(maps_[m].in));
+      weight_OI.copy_(normal_tensor(key.with(maps_[m].name, expert), weight_OI.sizes(), std, weight_OI.scalar_type()));
+    }
+  }
+
+  const Tensor& weight(size_t map) const { return groups_.front().stacked.at(map).tensor; }
+
+ private:
+  std::vector<HeadMap> maps_;
+  std::vector<size_t> stages_;
+};
+
+// What heads have in common, trained but not routed.
+class SharedHeads : public Module {
+ public:
+  SharedHeads(const ExpertSpec& spec, int64_t heads, const std::vector<HeadMap>& maps) {
+    for (const HeadMap& map : maps) {
+      const double std = map.scale / std::sqrt(static_cast<double>(map.in));
+      weights_.push_back(add_parameter(map.name, normal_tensor(spec.init.with("shared").with(map.name), {heads, map.out, map.in}, std, spec.dtype)));
+    }
+  }
+  const Tensor& weight(size_t map) const { return weights_.at(map); }
+
+ private:
+  std::vector<Tensor> weights_;
+};
+
+// Sizes and choices that the styles share, after the model's or, in `route`, their own.
+struct HeadShape {
+  int64_t width, heads, size;
+  bool causal, rotary;
+  double rope_base, output_scale;
+
+  explicit HeadShape(const AttentionPlace& place) {
+    const Options& options = place.layer.expert_spec.options;
+    const AttentionSpec& model = place.attention;
+    width = model.width;
+    heads = options.integer("heads") > 0 ? options.integer("heads") : model.heads;
+    size = options.integer("head_size") > 0 ? options.integer("head_size") : width / model.heads;
+    causal = options.text("mask") == "model" ? model.causal : options.text("mask") == "causal";
+    rotary = options.text("positions") == "model" ? model.rotary : options.text("positions") == "rotary";
+    rope_base = model.rope_base;
+    output_scale = model.output_scale;
+    if (rotary && size % 2 != 0) usage_error("[moe.expert] head_size = " + std::to_string(size) + " is odd, but rotary positions turn pairs");
+  }
+
+  HeadMap in(const char* name) const { return {name, size, width}; }
+  HeadMap out(const char* name) const { return {name, width, size, output_scale}; }
+};
+
+ExpertSpec head_spec(const AttentionPlace& place) { return place.layer.expert_spec; }
+
+std::unique_ptr<HeadBank> head_bank_of_moa(const ExpertSpec& spec, const HeadShape& shape) {
+  return std::make_unique<HeadBank>(spec, std::vector<HeadMap>{shape.in("w_q"), shape.out("w_o")}, std::vector<size_t>{0, 1});
+}
+std::unique_ptr<HeadBank> head_bank_of_moh(const ExpertSpec& spec, const HeadShape& shape) {
+  const std::vector<HeadMap> maps{shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")};
+  return std::make_unique<HeadBank>(spec, maps, std::vector<size_t>{0, 3});
+}
+std::unique_ptr<HeadBank> head_bank_of_side(const ExpertSpec& spec, const HeadMap& map) {
+  return std::make_unique<HeadBank>(spec, std::vector<HeadMap>{map}, std::vector<size_t>{0});
+}
+
+// Keys and values of a pass, those of earlier calls included, and the layout of its rows.
+class HeadPass {
+ public:
+  HeadPass(const HeadShape& shape, const RouteInput& in, DecodeCache* cache)
+      : shape_(shape), in_(in), cache_(cache), grid_(in.sequence_T, in.position_T, in.sequences) {}
+
+  Tensor turned(const Tensor& x_THA, const Tensor& position_T) const {
+    return shape_.rotary ? rotate_rows(x_THA, position_T, shape_.rope_base) : x_THA;
+  }
+  Tensor turned(const Tensor& x_THA) const { return turned(x_THA, in_.position_T); }
+
+  // q_THA over keys and values of as many heads, or of one that all share; [T,H,A].
+  Tensor attended(const Tensor& q_THA, const Tensor& k_ThA, const Tensor& v_ThA) const {
+    const Tensor q_BHLA = heads_first(q_THA);
+    const Tensor k_BhKA = kept("k", heads_first(k_ThA)), v_BhKA = kept("v", heads_first(v_ThA));
+    const auto for_all = [&](const Tensor& x) { return x.expand({x.size(0), q_BHLA.size(1), x.size(2), x.size(3)}); };
+    return grid_.take(attend(q_BHLA, for_all(k_BhKA), for_all(v_BhKA), shape_.causal, grid_.real_BL()).transpose(1, 2).contiguous());
+  }
+
+ private:
+  Tensor heads_first(const Tensor& x_THA) const { return grid_.lay(x_THA).transpose(1, 2); }
+
+  Tensor kept(const char* name, const Tensor& more_BhLA) const {
+    if (!cache_) return more_BhLA;
+    check_invariant(shape_.causal && !grid_.real_BL().defined(), "decoding goes on from whole rows of causal attention");
+    Tensor& all = cache_->kept[name];
+    all = all.defined() ? at::cat({all, more_BhLA}, 2) : more_BhLA;
+    return all;
+  }
+
+  const HeadShape& shape_;
+  const RouteInput& in_;
+  DecodeCache* cache_;
+  SequenceGrid grid_;
+};
+
+// All heads of one projection at once: [T,H,A].
+Tensor project_heads(const Tensor& x_TD, const Tensor& weight_HAD) {
+  return at::linear(x_TD, weight_HAD.flatten(0, 1)).view({x_TD.size(0), weight_HAD.size(0), weight_HAD.size(1)});
+}
+
+const SparsePlan& sparse_plan(const RouteOutput& routed) {
+  const auto* plan = std::get_if<SparsePlan>(&routed.plan);
+  if (!plan) usage_error("experts 'attention_head' are chosen per row: use a router with a sparse plan");
+  return *plan;
+}
+
+double keys_seen(const HeadShape& shape, int64_t context) {
+  return shape.causal ? static_cast<double>(context + 1) / 2 : static_cast<double>(context);
+}
+
+double chosen_heads(const MoELayer& site) {
+  const int64_t k = site.settings().router_spec.options.declared("k") ? site.settings().router_spec.k() : site.site().bank->experts();
+  return static_cast<double>(k);
+}
+
+class MoaAttention : public RoutedAttention {
+ public:
+  explicit MoaAttention(const AttentionPlace& place) : shape_(place) {
+    heads_ = std::make_shared<MoELayer>(place.path, place.layer, head_bank_of_moa(head_spec(place), shape_));
+    shared_ = std::make_shared<SharedHeads>(head_spec(place), 1, std::vector<HeadMap>{shape_.in("w_k"), shape_.in("w_v")});
+    add_child("", heads_);
+    add_child("shared", shared_);
+  }
+
+  std::vector<MoELayer*> sites() const override { return {heads_.get()}; }
+
+  Tensor forward(const Tensor& x_TD, SiteWalk& walk, DecodeCache* cache) const override {
+    const RouteOutput routed = walk.decide(*heads_, x_TD);
+    const SparsePlan& plan = sparse_plan(routed);
+    const ExpertBank& bank = *heads_->site().bank;
+    const ExecuteInput input = walk.input(x_TD);
+    const HeadPass pass(shape_, walk.in(), cache);
+    Tensor rows_NA = map_pairs(plan, bank, dispatch_rows(x_TD, plan), input, 0);
+    const Tensor k_T1A = pass.turned(project_heads(x_TD, shared_->weight(0))), v_T1A = project_heads(x_TD, shared_->weight(1));
+    if (plan.slot_TK.numel() > 0) {
+      const Tensor q_N1A = pass.turned(rows_NA.unsqueeze(1), walk.in().position_T.index_select(0, plan.token_N));
+      rows_NA = to_pairs(plan, pass.attended(to_choices(plan, q_N1A.squeeze(1)), k_T1A, v_T1A));
+    }
+    return combine_rows(map_pairs(plan, bank, rows_NA, input, 1), plan);
+  }
+
+  double flops_per_row(int64_t context) const override {
+    const double map = 2.0 * static_cast<double>(shape_.width * shape_.size), k = chosen_heads(*heads_);
+    return (2 + 2 * k) * map + 4 * k * static_cast<double>(shape_.size) * keys_seen(shape_, context);
+  }
+
+ private:
+  // The pairs' rows where the row's choices are, 0 for a choice that is none: [T,K,A].
+  static Tensor to_choices(const SparsePlan& plan, const Tensor& rows_NA) {
+    const int64_t pairs = rows_NA.size(0);
+    const Tensor with_none = at::cat({rows_NA, at::zeros({1, rows_NA.size(1)}, rows_NA.options())});
+    const Tensor slot = plan.slot_TK.masked_fill(plan.slot_TK.lt(0), pairs).flatten();
+    return with_none.index_select(0, slot).view({plan.slot_TK.size(0), plan.slot_TK.size(1), rows_NA.size(1)});
+  }
+  static Tensor to_pairs(const SparsePlan& plan, const Tensor& rows_TKA) {
+    const Tensor slot = plan.slot_TK.flatten(), place = slot.ge(0).nonzero().squeeze(1);
+    const Tensor place_N = at::empty_like(place).index_copy_(0, slot.index_select(0, place), place);
+    return rows_TKA.flatten(0, 1).index_select(0, place_N);
+  }
+
+  HeadShape shape_;
+  std::shared_ptr<MoELayer> heads_;
+  std::shared_ptr<SharedHeads> shared_;
+};
+
+class MohAttention : public RoutedAttention {
+ public:
+  explicit MohAttention(const AttentionPlace& place) : shape_(place), shared_heads_(head_spec(place).options.integer("shared_heads")) {
+    const ExpertSpec spec = head_spec(place);
+    auto bank = head_bank_of_moh(spec, shape_);
+    bank_ = bank.get();
+    heads_ = std::make_shared<MoELayer>(place.path, place.layer, std::move(bank));
+    add_child("", heads_);
+    if (shared_heads_ == 0) return;
+    shared_ = std::make_shared<SharedHeads>(spec, shared_heads_, std::vector<HeadMap>{shape_.in("w_q"), shape_.in("w_k"), shape_.in("w_v"),
+                                                                                      shape_.out("w_o")});
+    add_child("shared", shared_);
+    split_2D_ = add_parameter("split.weight", at::zeros({2, shape_.width}, spec.dtype));
+    shared_SD_ = add_parameter("shared_gate.weight", at::zeros({shared_heads_, shape_.width}, spec.dtype));
+  }
+
+  std::vector<MoELayer*> sites() const override { return {heads_.get()}; }
+
+  Tensor forward(const Tensor& x_TD, SiteWalk& walk, DecodeCache* cache) const override {
+    const RouteOutput routed = walk.decide(*heads_, x_TD);
+    const Tensor gate_TH = gates(x_TD, sparse_plan(routed));
+    const HeadPass pass(shape_, walk.in(), cache);
+    const Tensor q_THA = pass.turned(project_heads(x_TD, all_heads(0))), k_THA = pass.turned(project_heads(x_TD, all_heads(1)));
+    Tensor mixed_THA = project_heads(x_TD, all_heads(2));
+    if (x_TD.size(0) > 0) mixed_THA = pass.attended(q_THA, k_THA, mixed_THA);
+    const Tensor weighted_THA = mixed_THA.mul(gate_TH.to(mixed_THA.scalar_type()).unsqueeze(2));
+    return at::linear(weighted_THA.flatten(1, 2), all_heads(3).permute({1, 0, 2}).flatten(1, 2));
+  }
+
+  double flops_per_row(int64_t context) const override {
+    const auto all = static_cast<double>(shared_heads_ + bank_->experts()), size = static_cast<double>(shape_.size);
+    return all * (8.0 * static_cast<double>(shape_.width) * size + 4 * size * keys_seen(shape_, context));
+  }
+
+ private:
+  // Shared heads first: [H,…].
+  Tensor all_heads(size_t map) const { return shared_ ? at::cat({shared_->weight(map), bank_->weight(map)}) : bank_->weight(map); }
+
+  // In the order of all_heads(), in float32 or better.
+  Tensor gates(const Tensor& x_TD, const SparsePlan& plan) const {
+    const Tensor none_TE = at::zeros({plan.rows, plan.experts}, plan.gate_N.options().requires_grad(false));
+    const Tensor chosen_TE = none_TE.index_put({plan.token_N, plan.expert_N}, plan.gate_N);
+    const Tensor count_T1 = plan.slot_TK.ge(0).sum(1, /*keepdim=*/true);
+    const Tensor routed_TE = chosen_TE.mul(count_T1);
+    if (!shared_) return routed_TE;
+    const Tensor split_T2 = softmax_of(x_TD, split_2D_).mul(2);
+    const Tensor shared_TS = softmax_of(x_TD, shared_SD_).mul(static_cast<double>(shared_heads_)).mul(split_T2.narrow(1, 0, 1));
+    return at::cat({shared_TS, routed_TE.mul(split_T2.narrow(1, 1, 1))}, 1);
+  }
+
+  static Tensor softmax_of(const Tensor& x_TD, const Tensor& weight_ND) {
+    const at::ScalarType precision = x_TD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    return x_TD.to(precision).matmul(weight_ND.to(precision).t()).softmax(1);
+  }
+
+  HeadShape shape_;
+  int64_t shared_heads_;
+  std::shared_ptr<MoELayer> heads_;
+  const HeadBank* bank_;
+  std::shared_ptr<SharedHeads> shared_;  // null where no head is shared
+  Tensor split_2D_, shared_SD_;
+};
+
+class SwitchHeadAttention : public RoutedAttention {
+ public:
+  explicit SwitchHeadAttention(const AttentionPlace& place) : shape_(place) {
+    for (int64_t h = 0; h < shape_.heads; ++h) add_side(place, values_, "value", h, 0, shape_.in("w_v"));
+    for (int64_t h = 0; h < shape_.heads; ++h) add_side(place, outputs_, "output", h, 1, shape_.out("w_o"));
+    shared_ = std::make_shared<SharedHeads>(head_spec(place), shape_.heads, std::vector<HeadMap>{shape_.in("w_q"), shape_.in("w_k")});
+    add_child("shared", shared_);
+  }
+
+  std::vector<MoELayer*> sites() const override {
+    std::vector<MoELayer*> all;
+    for (const auto* side : {&values_, &outputs_})
+      for (const auto& site : *side) all.push_back(site.get());
+    return all;
+  }
+
+  Tensor forward(const Tensor& x_TD, SiteWalk& walk, DecodeCache* cache) const override {
+    const HeadPass pass(shape_, walk.in(), cache);
+    std::vector<Tensor> values;
+    for (const auto& site : values_) values.push_back(mixture(*site, x_TD, x_TD, walk));
+    Tensor mixed_THA = at::stack(values, 1);
+    const Tensor q_THA = pass.turned(project_heads(x_TD, shared_->weight(0))), k_THA = pass.turned(project_heads(x_TD, shared_->weight(1)));
+    if (x_TD.size(0) > 0) mixed_THA = pass.attended(q_THA, k_THA, mixed_THA);
+    Tensor y_TD;
+    for (size_t h = 0; h < outputs_.size(); ++h) {
+      const Tensor head_TD = mixture(*outputs_[h], x_TD, mixed_THA.select(1, static_cast<int64_t>(h)), walk);
+      y_TD = y_TD.defined() ? y_TD.add(head_TD) : head_TD;
+    }
+    return y_TD;
+  }
+
+  double flops_per_row(int64_t context) const override {
+    const double map = 2.0 * static_cast<double>(shape_.width * shape_.size), heads = static_cast<double>(shape_.heads);
+    return heads * ((2 + 2 * chosen_heads(*values_.front())) * map + 4 * static_cast<double>(shape_.size) * keys_seen(shape_, context));
+  }
+
+ private:
+  void add_side(const AttentionPlace& place, std::vector<std::shared_ptr<MoELayer>>& side, const std::string& name, int64_t head,
+                int64_t use, const HeadMap& map) {
+    const std::string full = name + std::to_string(head);
+    LayerSettings layer = place.layer;
+    layer.router_spec.init = layer.router_spec.init.with(name, head);
+    layer.expert_spec.init = layer.expert_spec.init.with(name, head);
+    auto bank = head_bank_of_side(layer.expert_spec, map);
+    side.push_back(std::make_shared<MoELayer>(place.path + "." + full, std::move(layer), std::move(bank)));
+    side.back()->site().use = use;
+    add_child(full, side.back());
+  }
+
+  // `decider_TD` decides which experts map `rows`.
+  static Tensor mixture(const MoELayer& site, const Tensor& decider_TD, const Tensor& rows, SiteWalk& walk) {
+    const RouteOutput routed = walk.decide(site, decider_TD);
+    const SparsePlan& plan = sparse_plan(routed);
+    return combine_rows(map_pairs(plan, *site.site().bank, dispatch_rows(rows, plan), walk.input(decider_TD)), plan);
+  }
+
+  HeadShape shape_;
+  std::vector<std::shared_ptr<MoELayer>> values_, outputs_;
+  std::shared_ptr<SharedHeads> shared_;
+};
+
+std::shared_ptr<RoutedAttention> make_routed_attention(const AttentionPlace& place) {
+  const std::string& style = place.layer.expert_spec.options.text("style");
+  if (style == "moh") return std::make_shared<MohAttention>(place);
+  if (style == "switchhead") return std::make_shared<SwitchHeadAttention>(place);
+  return std::make_shared<MoaAttention>(place);
+}
+
+// The bank of a style, by itself.
+std::unique_ptr<ExpertBank> make_head_bank(const ExpertSpec& spec) {
+  AttentionPlace place;
+  place.attention.width = spec.width;
+  place.attention.output_scale = spec.output_scale;
+  place.layer.expert_spec = spec;
+  const HeadShape shape(place);
+  const std::string& style = spec.options.text("style");
+  if (style == "moh") return head_bank_of_moh(spec, shape);
+  if (style == "switchhead") return head_bank_of_side(spec, shape.in("w_v"));
+  return head_bank_of_moa(spec, shape);
+}
+
+const Registration<ExpertEntry> registration_attention_head{{
+    .name = "attention_head",
+    .title = "Attention heads",
+    .citation = "Zhang et al. 2022 (MoA), arXiv 2210.05144; Jin et al. 2024 (MoH), 2410.11842; Csordás et al. 2023 (SwitchHead), "
+                "2312.07987",
+    .equation = "moa: y = Σ_e g_e·W_o^e·att(W_q^e·x, K, V); moh: y = Σ_h w_h·W_o^h·att_h, shared and routed heads; switchhead: V and W_o "
+                "of each head are mixtures of experts",
+    .options = {option("style", "moa", "moa: one K and V for all heads; moh: shared heads and routed heads; switchhead: routed value and "
+                                       "output projections of each head, two routers").one_of({"moa", "moh", "switchhead"}),
+                option("heads", 0, "switchhead: heads; 0 = the model's, in `route` 1").at_least(0),
+                option("head_size", 0, "A; 0 = D / heads of the model, in `route` D").at_least(0),
+                option("shared_heads", 1, "moh: heads that every row uses").at_least(0),
+                option("mask", "model", "causal, or full: all rows of a sequence see each other; `route` knows no model and is causal")
+                    .one_of({"model", "causal", "full"}),
+                option("positions", "model", "rotary, or none; `route` has none").one_of({"model", "none", "rotary"})},
+    .make = [](ExpertSpec spec) -> std::unique_ptr<ExpertBank> { return make_head_bank(spec); },
+    .place = ExpertPlace::kAttention,
+    .make_attention = make_routed_attention,
+}};
+
+}  // namespace
+}  // namespace moelab
