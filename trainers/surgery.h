@@ -19,7 +19,8 @@ void clone_expert(Site& site, Optimizer& optimizer, int64_t from, int64_t to, bo
 // Initial values drawn with `key`, moments of zero.
 void reset_expert(Site& site, Optimizer& optimizer, int64_t expert, RandomKey key);
 
-// Parameters and moments of zero. Whether it may still be chosen is the router's mask to say.
+// Parameters and moments of zero, for good. Whether it may still be chosen is the router's mask to say; a router that takes an
+// expert away for a while (DynMoE) leaves it as it was.
 void remove_expert(Site& site, Optimizer& optimizer, int64_t expert);
 
 // Expert `target` becomes Σ_e weight[e]·θ_e, its moments Σ_e weight[e]·m_e: one weight per expert, none negative, since second

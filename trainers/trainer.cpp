@@ -164,8 +164,7 @@ void Trainer::apply(Site& site, const Event& event) {
     for (const NamedTensor& parameter : site.router->parameters())
       for (const std::string& name : event.tensors)
         if (parameter.name == name) parameter.tensor.requires_grad_(event.kind == Event::Kind::kUnfreeze);
-  if (event.kind == Event::Kind::kExpertRemoved) remove_expert(site, optimizer_, event.expert);
-  if (event.kind != Event::Kind::kExpertAdded) return;
+  if (event.kind != Event::Kind::kExpertAdded) return;  // a removed one is masked, and may come back as it was
   if (event.source >= 0) clone_expert(site, optimizer_, event.source, event.expert, event.with_moments);
   else reset_expert(site, optimizer_, event.expert, random_key(settings_.seed, "added expert").with(site.path, step_));
 }
