@@ -82,6 +82,9 @@ struct LogitGradients {
     grad_key_SD.addmm_(grad_BS.t(), query_BD);
     grad_scale.add_(towards_BD.mul(query_BD).sum());
   }
+  void clear() {
+    for (const Tensor& grad : {grad_query_MD, grad_key_SD, grad_scale}) grad.zero_();
+  }
   variable_list in_order() { return {grad_query_MD, grad_key_SD.mul_(scale), grad_scale}; }
 };
 
@@ -123,6 +126,7 @@ struct FillSlots : torch::autograd::Function<FillSlots> {
       grad_x_MD.narrow(0, first, rows).copy_(weight_BS.mm(grad_SD));
       out.add(first, x_MD.narrow(0, first, rows).to(grad_SD.scalar_type()).mm(grad_SD.t()).sub_(constant_S).mul_(weight_BS));
     });
+    if (x_MD.size(0) == 1) out.clear();  // one row fills every slot whatever the logits; rounding says otherwise
     variable_list all = out.in_order();
     all.insert(all.end(), {grad_x_MD, Tensor()});
     return all;

@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -169,6 +170,9 @@ struct FfnFunction : torch::autograd::Function<FfnFunction> {
 
 Tensor ffn_layer(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows, bool recompute) {
   check_invariant(rows.x_TD.is_cpu() && rows.x_TD.dim() == 2, "ffn_layer: rows on the CPU expected");
+  const int64_t pairs = rows.token_N.defined() ? rows.token_N.numel() : rows.x_TD.size(0);
+  const int64_t covered = rows.offsets_E1.const_data_ptr<int64_t>()[rows.offsets_E1.numel() - 1];
+  check_invariant(covered == pairs, fmt::format("ffn_layer: offsets cover {} of {} rows", covered, pairs));
   check_invariant(!rows.gate_N.defined() || rows.token_N.defined(), "ffn_layer: gates need tokens");
   const Tensor x_TD = autocast_operand(rows.x_TD).contiguous();
   FfnSettings settings{.activation = activation, .first = {}, .present = {}, .offsets_E1 = rows.offsets_E1};

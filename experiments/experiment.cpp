@@ -26,13 +26,18 @@ std::string values_only(const Table& root) {
   return text;
 }
 
+constexpr const char* kTooLarge =
+    "this model does not fit into memory; make [model] or [moe] smaller (`moelab check` tells the bytes)";
+
 // LibTorch tells by words alone that memory ran out.
 std::shared_ptr<Model> model_that_fits(const Experiment& e) {
   try {
     return make_model({e.root, e.data->shape(), e.train.seed, e.train.allow_noncausal_training});
   } catch (const c10::Error& error) {
     if (std::string(error.what()).find("allocate") == std::string::npos) throw;
-    e.root.fail("model", "this model does not fit into memory; make [model] or [moe] smaller (`moelab check` tells the bytes)");
+    e.root.fail("model", kTooLarge);
+  } catch (const std::bad_alloc&) {
+    e.root.fail("model", kTooLarge);
   }
 }
 

@@ -85,7 +85,7 @@ std::string router_text(const CompatFact& fact) {
 std::vector<CompatExperts> compat_experts() {
   std::vector<CompatExperts> rows;
   for (const ExpertEntry& entry : Registry<ExpertEntry>::instance().all())
-    rows.push_back({entry.name, {{entry.name, kCompatExperts}}});
+    if (entry.place == ExpertPlace::kFeedForward) rows.push_back({entry.name, {{entry.name, kCompatExperts}}});
   rows.push_back({"ffn of unequal widths", {{"ffn", kCompatExperts}}, {8, 16, 16, 32}});
   rows.push_back({"ffn + zero + identity + constant", {{"ffn", 1}, {"zero", 1}, {"identity", 1}, {"constant", 1}}});
   return rows;

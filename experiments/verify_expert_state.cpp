@@ -26,6 +26,11 @@ std::string needs_row_function_for_state(const ExpertSubject& subject) {
                                                            : "its rows are no function of themselves alone (no forward_expert)";
 }
 
+std::string needs_own_products(const ExpertSubject& subject) {
+  if (subject.entry.place == ExpertPlace::kLinears) return "its rows also pass a frozen base, which experts share and do not count";
+  return needs_row_function_for_state(subject);
+}
+
 std::string needs_state(const ExpertSubject& subject) {
   return kit_bank(subject, {})->parameters().empty() ? "it has no parameters" : "";
 }
@@ -172,7 +177,7 @@ void check_initial_draw(const ExpertSubject& subject) {
            fmt::format("expert {} starts otherwise among {} experts than among {}", e, more.experts, at.experts), at);
   }
   const ExpertCase two{.experts = 2, .seed = subject.seed};
-  if (!expert_has_size(subject, two)) return;
+  if (!expert_has_size(subject, two) || subject.entry.place != ExpertPlace::kFeedForward) return;  // no mixed bank holds others
   const auto part = initial_bank(subject, two, init, /*first=*/2);
   for (int64_t e = 0; e < two.experts; ++e)
     must(equal_experts(*part, e, *few, e + 2), fmt::format("expert {} starts otherwise as one of a part of a mixed bank", e + 2),
@@ -185,7 +190,7 @@ std::vector<ExpertProperty> expert_state_properties() {
   return {
       {"counts", "parameters_per_expert() counts what its tensors hold, and all of them the bank's", always_for_experts,
        check_counts},
-      {"flops", "flops_per_row() is what the matrix products of one row take", needs_row_function_for_state, check_flops},
+      {"flops", "flops_per_row() is what the matrix products of one row take", needs_own_products, check_flops},
       {"save_load", "saved and loaded, every expert is the same bit for bit", needs_state, check_save_load},
       {"permutation", "permuted experts are the others' bit for bit, and back again", always_for_experts, check_permutation},
       {"surgery", "reset gives the start again and touches no other; a clone is a copy", needs_state, check_surgery},

@@ -186,6 +186,8 @@ TEST_CASE("verify --json is one array of findings, and the program knows no muta
 }
 
 TEST_CASE("verify refuses unknown names, unknown properties, and to verify nothing") {
+  const std::string kNothingNamed =
+      "moelab: verify: name routers or experts, or say --all (every router), --experts (every expert) or both\n";
   const auto refusal = [](const std::vector<std::string>& arguments) {
     const test::ProgramResult result = test::run_program(MOELAB_PROGRAM, arguments);
     CHECK(result.code == 2);
@@ -195,8 +197,8 @@ TEST_CASE("verify refuses unknown names, unknown properties, and to verify nothi
   CHECK(refusal({"verify", "swtich"}).find("switch") != std::string::npos);
   CHECK(refusal({"verify", "switch", "--property", "tie"}) ==
         "moelab: verify: there is no property 'tie', did you mean 'ties'?\n");
-  CHECK(refusal({"verify"}) == "moelab: verify: name routers, or say --all\n");
-  CHECK(refusal({"verify", "switch", "--all"}) == "moelab: verify: name routers, or say --all\n");
+  CHECK(refusal({"verify"}) == kNothingNamed);
+  CHECK(refusal({"verify", "switch", "--all"}) == kNothingNamed);
 }
 
 }  // namespace

@@ -160,8 +160,10 @@ TEST_CASE("an experiment of experts extends a base, changes experts, and is unde
     const auto says = [&](const std::string& start) {
       return std::any_of(lines.begin(), lines.end(), [&](const std::string& line) { return line.starts_with(start); });
     };
-    CHECK(says("extends = \"../base/"));
-    CHECK((says("[moe.expert]") || says("[[moe.expert.group]]") || says("[moe.shared]")));
+    CHECK((says("extends = \"../base/") || says("extends = \"pretrained.toml\"")));
+    const bool changes_experts = says("[moe.expert]") || says("[[moe.expert.group]]") || says("[moe.shared]") ||
+                                 says("[attention.expert]") || says("[attention]") || says("[adapters");
+    CHECK(changes_experts == (name != "pretrained"));  // which is the dense base of others
     CHECK(std::find(lines.begin(), lines.end(), "name = \"" + name + "\"") != lines.end());
   }
 }
