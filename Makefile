@@ -3,18 +3,23 @@ BUILD := build
 JOBS  := $(shell nproc)
 export CTEST_OUTPUT_ON_FAILURE = 1
 
-.PHONY: quickstart build test test-long bench bench-report lint asan docs setup clean
+.PHONY: quickstart configure program build test test-long bench bench-report lint asan docs setup clean
 
-quickstart: build   ## install, build, train on real text, print the verdict and where everything lies
+quickstart: program ## install, build, train on real text, print the verdict and where everything lies
 	$(BUILD)/moelab data prepare kjv
 	$(BUILD)/moelab run experiments/quickstart.toml
 
 setup:              ## install what is missing (a second call takes seconds)
 	scripts/setup.sh
 
-build: setup        ## the program at build/moelab
+configure: setup
 	cmake --preset release > $(BUILD).configure.log 2>&1 || { cat $(BUILD).configure.log; exit 1; }
 	@mv $(BUILD).configure.log $(BUILD)/configure.log
+
+program: configure  ## the program alone, at build/moelab: a third of the whole build
+	cmake --build --preset release -j $(JOBS) --target moelab
+
+build: configure    ## the program, the tests and the benchmarks
 	cmake --build --preset release -j $(JOBS)
 
 test: build         ## what CI runs
