@@ -2,7 +2,11 @@
 
 #include "core/error.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <fmt/format.h>
 
@@ -42,6 +46,43 @@ std::vector<int64_t> kept_offsets(const int64_t* choice, const bool* kept, int64
     if (kept[i]) ++offsets[choice[i] + 1];
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
   return offsets;
+}
+
+// gate_N[slot] = gate_TK where there is a slot: each pair is written once, forward and backward.
+struct PlacedGates : torch::autograd::Function<PlacedGates> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate_TK, const Tensor& slot_TK, int64_t pairs) {
+    ctx->save_for_backward({slot_TK});
+    Tensor gate_N = at::empty({pairs}, gate_TK.options());
+    move_gates(slot_TK, gate_TK, [&](auto& inside, auto& placed) { placed = inside; }, gate_N);
+    return gate_N;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    if (at::GradMode::is_enabled()) usage_error("plan: second derivatives are not supported; use create_graph = false");
+    const Tensor slot_TK = ctx->get_saved_variables()[0];
+    Tensor grad_TK = at::zeros(slot_TK.sizes(), grads[0].options()), grad_N = grads[0].contiguous();
+    move_gates(slot_TK, grad_TK, [&](auto& inside, auto& placed) { inside = placed; }, grad_N);
+    return {grad_TK, Tensor(), Tensor()};
+  }
+
+ private:
+  // move(element of [T,K], its element of [N]) for every pair.
+  template <class Move>
+  static void move_gates(const Tensor& slot_TK, const Tensor& inside_TK, Move move, Tensor& placed_N) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, placed_N.scalar_type(), "move_gates", [&] {
+      const int64_t* slot = slot_TK.const_data_ptr<int64_t>();
+      scalar_t *inside = inside_TK.mutable_data_ptr<scalar_t>(), *placed = placed_N.mutable_data_ptr<scalar_t>();
+      for (int64_t i = 0; i < slot_TK.numel(); ++i)
+        if (slot[i] >= 0) move(inside[i], placed[slot[i]]);
+    });
+  }
+};
+
+Tensor placed_gates(const Tensor& gate_TK, const Tensor& slot_TK, int64_t pairs) {
+  if (gate_TK.is_cpu()) return PlacedGates::apply(gate_TK.contiguous(), slot_TK, pairs);
+  const Tensor slot = slot_TK.flatten(), kept_N = slot.ge(0).nonzero().squeeze(1),
+      order_N = slot.index_select(0, kept_N).argsort();
+  return gate_TK.reshape({-1}).index_select(0, kept_N.index_select(0, order_N).to(gate_TK.device()));
 }
 
 void validate_sparse(const SparsePlan& plan, int64_t rows, int64_t experts) {
@@ -129,21 +170,17 @@ SparsePlan make_sparse_plan(const Assignment& assignment, const Tensor& gate_TK,
   plan.token_N = at::empty({pairs}, kInt64);
   plan.expert_N = at::empty({pairs}, kInt64);
   plan.slot_TK = at::empty({rows, k}, kInt64);
-  Tensor source_N = at::empty({pairs}, kInt64);  // position in [T,K] of each sorted pair
   auto* token = plan.token_N.mutable_data_ptr<int64_t>();
   auto* expert = plan.expert_N.mutable_data_ptr<int64_t>();
   auto* slot = plan.slot_TK.mutable_data_ptr<int64_t>();
-  auto* source = source_N.mutable_data_ptr<int64_t>();
   for (int64_t t = 0, i = 0; t < rows; ++t)
     for (const int64_t end = i + k; i < end; ++i) {
       slot[i] = -1;
       if (!kept[i]) continue;
-      const int64_t n = slot[i] = next[choice[i]]++;
-      token[n] = t;
-      source[n] = i;
+      token[slot[i] = next[choice[i]]++] = t;
     }
   for (int64_t e = 0, first = 0; e < experts; first = next[e++]) std::fill(expert + first, expert + next[e], e);
-  plan.gate_N = gate_TK.reshape({-1}).index_select(0, source_N);
+  plan.gate_N = placed_gates(gate_TK, plan.slot_TK, pairs);
   list_pairs(choice_TK, assignment.dropped_TK.contiguous(), plan.dropped_token_M, plan.dropped_expert_M);
   return plan;
 }

@@ -177,55 +177,36 @@ void insertion_topk(const Scalar* row, int64_t count, int64_t k, int64_t* best) 
   }
 }
 
-constexpr int64_t kChunk = 16, kMostChunks = 64;
+constexpr int64_t kChunk = 16, kMostChunks = 64, kTaken = std::numeric_limits<int64_t>::min();
 
-MOELAB_INLINE float chunk_max(const float* chunk) {
-  float largest = chunk[0];
+// Orders as (value, earlier place first) does: the float's bits as a signed number, above the place's complement.
+MOELAB_INLINE int64_t key_of(float value, int64_t place) {
+  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);  // −0 is 0
+  const int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+  return (static_cast<int64_t>(ordered) << 32) | static_cast<int64_t>(~static_cast<uint32_t>(place));
+}
+
+MOELAB_INLINE int64_t largest_of(const int64_t* keys, int64_t count) {
+  int64_t largest = kTaken;
 #pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < kChunk; ++j) largest = chunk[j] > largest ? chunk[j] : largest;
+  for (int64_t j = 0; j < count; ++j) largest = keys[j] > largest ? keys[j] : largest;
   return largest;
 }
 
-// The first place that holds the value; kChunk where none does.
-MOELAB_INLINE int32_t chunk_find(const float* chunk, float value) {
-  int32_t first = kChunk;
-#pragma omp simd reduction(min : first)
-  for (int32_t j = 0; j < static_cast<int32_t>(kChunk); ++j) {
-    const int32_t here = chunk[j] == value ? j : static_cast<int32_t>(kChunk);
-    first = here < first ? here : first;
-  }
-  return first;
-}
-
-// Chunks of 16 with the largest of each: a choice looks at the chunks, then into one. False where −inf is among the k largest, or
-// NaN.
-MOELAB_INLINE bool chunked_topk(const float* row, int64_t count, int64_t k, int64_t* best) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  const int64_t chunks = (count + kChunk - 1) / kChunk;
-  alignas(64) float copy[kMostChunks * kChunk], largest[kMostChunks];
-  std::copy_n(row, count, copy);
-  std::fill(copy + count, copy + chunks * kChunk, kNone);
-  std::fill(largest, largest + kMostChunks, kNone);
-  for (int64_t c = 0; c < chunks; ++c) largest[c] = chunk_max(copy + c * kChunk);
+// Chunks of 16 keys with the largest of each: a choice looks at the chunks' largest, then makes one chunk's anew.
+MOELAB_WIDTHS void chunked_topk(const float* row, int64_t count, int64_t k, int64_t* best) {
+  const int64_t chunks = (count + kChunk - 1) / kChunk, tops = (chunks + 3) / 4 * 4;
+  alignas(64) int64_t keys[kMostChunks * kChunk], largest[kMostChunks];
+#pragma omp simd
+  for (int64_t e = 0; e < count; ++e) keys[e] = key_of(row[e], e);
+  std::fill(keys + count, keys + chunks * kChunk, kTaken);
+  std::fill(largest + chunks, largest + tops, kTaken);
+  for (int64_t c = 0; c < chunks; ++c) largest[c] = largest_of(keys + c * kChunk, kChunk);
   for (int64_t i = 0; i < k; ++i) {
-    float most = kNone;
-    for (int64_t c = 0; c < chunks; c += kChunk) most = std::max(most, chunk_max(largest + c));
-    if (!(most > kNone)) return false;
-    int64_t chunk = 0;
-    for (int32_t within = kChunk; within == kChunk && chunk < kMostChunks; chunk += within) within = chunk_find(largest + chunk,
-        most);
-    if (chunk >= chunks) return false;
-    const int32_t place = chunk_find(copy + chunk * kChunk, most);
-    if (place == kChunk) return false;
-    best[i] = chunk * kChunk + place;
-    copy[best[i]] = kNone;
-    largest[chunk] = chunk_max(copy + chunk * kChunk);
+    best[i] = static_cast<int64_t>(~static_cast<uint32_t>(largest_of(largest, tops)));
+    keys[best[i]] = kTaken;
+    largest[best[i] / kChunk] = largest_of(keys + best[i] / kChunk * kChunk, kChunk);
   }
-  return true;
-}
-
-MOELAB_WIDTHS bool try_chunked_topk(const float* row, int64_t count, int64_t k, int64_t* best) {
-  return chunked_topk(row, count, k, best);
 }
 
 }  // namespace
@@ -239,7 +220,7 @@ MOELAB_WIDTHS void softmax_row_backward(const float* probs, float* grad, int64_t
 void softmax_row_backward(const double* probs, double* grad, int64_t count) { any_softmax_backward(probs, grad, count); }
 
 void topk_of_row(const float* row, int64_t count, int64_t k, int64_t* best) {
-  if (count >= kChunk && count <= kChunk * kMostChunks && try_chunked_topk(row, count, k, best)) return;
+  if (count >= kChunk && count <= kChunk * kMostChunks) return chunked_topk(row, count, k, best);
   insertion_topk(row, count, k, best);
 }
 void topk_of_row(const double* row, int64_t count, int64_t k, int64_t* best) { insertion_topk(row, count, k, best); }

@@ -210,6 +210,7 @@ class LazyFixture {
   explicit LazyFixture(Shape shape_) : shape(std::move(shape_)) {}
   const Fixture& operator*() const {
     if (made_) return *made_;
+    const at::AutoGradMode graph(true);
     made_ = std::make_unique<Fixture>(shape);
     at::set_num_threads(1);
     check_answers(*made_);
