@@ -251,7 +251,8 @@ LayerOutput MoELayer::forward(const RouteInput& in, RouteState& state, DecodeCac
 }
 
 ExecuteInput execute_input(const RouteInput& in, DecodeCache* cache) {
-  return {in.x_TD, in.sequence_T, in.cu_seqlens_B1, cache, in.training(), {in.random.with("experts"), in.sequence_key_T, in.position_T}};
+  return {in.x_TD, in.sequence_T, in.cu_seqlens_B1,
+          cache,   in.training(), {in.random.with("experts"), in.sequence_key_T, in.position_T}};
 }
 
 std::vector<TermStatistics> term_statistics(const Site& site, const RouteInput& in, const RouteOutput& out) {
