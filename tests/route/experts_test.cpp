@@ -76,7 +76,7 @@ TEST_CASE("route: attention heads stay within interleaved sequences, without pad
   at::manual_seed(5);
   const Tensor x = drawn({7, 4}), router = drawn({3, 4}), w_q = drawn({3, 2, 4}), w_o = drawn({3, 4, 2}), w_k = drawn({2, 4}),
                w_v = drawn({2, 4});
-  const Tensor sequence = at::tensor({5, 9, 5, 9, 5, 5, 9}, at::kLong), padding = at::tensor({0, 0, 0, 0, 0, 1, 0}, at::kBool);
+  const Tensor sequence = at::tensor({5, 9, 5, 9, 5, 5, 9}, at::kLong), padding = at::arange(7).eq(5);
   const RouteRun run =
       run_experts("[attention]\nexperts = 3\nlosses = \"none\"\n[attention.router]\nk = 2\n[attention.expert]\nhead_size = 2\n",
                   {{"x", x},
