@@ -166,24 +166,21 @@ struct FfnFunction : torch::autograd::Function<FfnFunction> {
   }
 };
 
-void check_offsets(const std::vector<FfnGroup>& groups, const FfnRows& rows) {
+void check_rows(const std::vector<FfnGroup>& groups, const FfnRows& rows) {
+  check_invariant(rows.x_TD.is_cpu() && rows.x_TD.dim() == 2, "ffn_layer: rows on the CPU expected");
+  check_invariant(!rows.gate_N.defined() || rows.token_N.defined(), "ffn_layer: gates need tokens");
   int64_t experts = 0;
   for (const FfnGroup& group : groups) experts = std::max(experts, group.first + group.in_EFD.size(0));
   check_invariant(rows.offsets_E1.numel() > experts, "ffn_layer: one offset per expert and one more expected");
   const int64_t pairs = rows.token_N.defined() ? rows.token_N.numel() : rows.x_TD.size(0);
-  const int64_t end = rows.offsets_E1.const_data_ptr<int64_t>()[rows.offsets_E1.numel() - 1];
-  check_invariant(end == pairs, "ffn_layer: the offsets do not end at the last row");
+  const int64_t covered = rows.offsets_E1.const_data_ptr<int64_t>()[rows.offsets_E1.numel() - 1];
+  check_invariant(covered == pairs, fmt::format("ffn_layer: offsets cover {} of {} rows", covered, pairs));
 }
 
 }  // namespace
 
 Tensor ffn_layer(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows, bool recompute) {
-  check_invariant(rows.x_TD.is_cpu() && rows.x_TD.dim() == 2, "ffn_layer: rows on the CPU expected");
-  const int64_t pairs = rows.token_N.defined() ? rows.token_N.numel() : rows.x_TD.size(0);
-  const int64_t covered = rows.offsets_E1.const_data_ptr<int64_t>()[rows.offsets_E1.numel() - 1];
-  check_invariant(covered == pairs, fmt::format("ffn_layer: offsets cover {} of {} rows", covered, pairs));
-  check_invariant(!rows.gate_N.defined() || rows.token_N.defined(), "ffn_layer: gates need tokens");
-  check_offsets(groups, rows);
+  check_rows(groups, rows);
   const Tensor x_TD = autocast_operand(rows.x_TD).contiguous();
   FfnSettings settings{.activation = activation, .first = {}, .present = {}, .offsets_E1 = rows.offsets_E1};
   for (const FfnGroup& group : groups) settings.first.push_back(group.first);

@@ -44,8 +44,8 @@ struct LayerSettings {
 // The tables that describe a layer, each with the experts it has where it names none: "moe", "attention", "adapters".
 const std::vector<std::string>& layer_tables();
 
-// Reads the tables of a layer ([moe], [moe.router], … and [[loss]]) from `root`, the experiment or the overlay of a layer. A block
-// may route in several places, described by tables of other names with the same keys below them.
+// Reads the tables of a layer ([moe], [moe.router], … and [[loss]]) from `root`, the experiment or the overlay of a layer. A
+// block may route in several places, described by tables of other names with the same keys below them.
 LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_t vocabulary, at::ScalarType dtype,
                          RandomKey init, const std::string& table = "moe");
 

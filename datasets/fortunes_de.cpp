@@ -1,5 +1,5 @@
-// German sayings, jokes and quotations: 2,954,694 bytes, the text files of Debian's package fortunes-de 0.35 end to end in the order
-// of their names (copyright Andreas Tille, GPL-2+; nothing of it is part of this program).
+// German sayings, jokes and quotations: 2,954,694 bytes, the text files of Debian's package fortunes-de 0.35 end to end in the
+// order of their names (copyright Andreas Tille, GPL-2+; nothing of it is part of this program).
 //
 // `moelab data prepare fortunes_de` needs no root: `apt-get download` fetches the package, `dpkg-deb -x` unpacks it in a scratch
 // folder, and the text is checked by size and hash and put into the cache whole or not at all.
@@ -25,7 +25,8 @@ CachedFile fortunes_file() {
 std::string fortunes_text(const std::string& root) {
   std::map<std::string, std::string> texts;
   for (const auto& entry : std::filesystem::directory_iterator(root + "/usr/share/games/fortunes/de"))
-    if (!entry.path().has_extension() && !entry.is_symlink()) texts[entry.path().filename().string()] = read_file(entry.path().string());
+    if (!entry.path().has_extension() && !entry.is_symlink())
+      texts[entry.path().filename().string()] = read_file(entry.path().string());
   std::string text;
   for (const auto& [name, words] : texts) text += words;
   return text;
@@ -61,7 +62,8 @@ const Registration<DatasetEntry> registration_fortunes{{
     .name = "fortunes_de",
     .title = "German sayings, jokes and quotations",
     .citation = "Debian package fortunes-de 0.35 (Andreas Tille and others)",
-    .doc = "3.0 MB, one token per byte, or SentencePiece units: another domain for models of English. The end of the text is held out.",
+    .doc = "3.0 MB, one token per byte, or SentencePiece units: another domain for models of English. The end of the text is "
+           "held out.",
     .options = text_options(),
     .make = make_fortunes,
     .prepare = prepare_fortunes,

@@ -218,7 +218,8 @@ std::string route_table(const Table& root) {
 }
 
 bool lacks_expert_axis(const std::string& name, const Tensor& given, const Tensor& own) {
-  return (name.starts_with("shared.") || name.starts_with("base.")) && own.dim() > 1 && own.size(0) == 1 && given.sizes() == own.sizes().slice(1);
+  return (name.starts_with("shared.") || name.starts_with("base.")) && own.dim() > 1 && own.size(0) == 1 &&
+         given.sizes() == own.sizes().slice(1);
 }
 
 }  // namespace
@@ -280,7 +281,8 @@ std::vector<NamedTensor> tensors_of(const Module& module) {
 }
 
 std::vector<NamedTensor> outside_names(const RouteLayer& layer, const std::vector<NamedTensor>& tensors) {
-  std::map<std::string, std::pair<int64_t, std::string>> grouped;  // live name -> global id of slot 0, and the parameter's own name
+  std::map<std::string, std::pair<int64_t, std::string>>
+      grouped;  // live name -> global id of slot 0, and the parameter's own name
   for (const ExpertGroup& group : layer.sites().front()->site().bank->groups())
     for (const NamedTensor& stacked : group.stacked)
       if (!group.prefix.empty()) grouped["experts." + group.prefix + stacked.name] = {group.first, stacked.name};

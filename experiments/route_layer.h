@@ -44,8 +44,8 @@ class RouteLayer {
   std::shared_ptr<RoutedAttention> attention_;
 };
 
-// From [moe], or from [attention] or [adapters] where it alone is written. With initial values, drawn as for the block 0 of a model
-// of this seed.
+// From [moe], or from [attention] or [adapters] where it alone is written. With initial values, drawn as for the block 0 of a
+// model of this seed.
 RouteLayer make_route_layer(const Table& root, int64_t width, at::ScalarType dtype);
 
 // Parameters, then buffers.
@@ -61,8 +61,8 @@ std::vector<AcceptedTensor> accepted_inputs(const RouteLayer& layer);
 // Refuses unknown names, wrong shapes and wrong types. Noise is checked where it is used.
 void check_inputs(const RouteFile& file, const RouteLayer& layer);
 
-// Copies IN's parameters and buffers into the layer. Tensors of the shared expert and of the base may come without their expert axis of
-// length 1; the names of those that did are returned, so that results can be given back in the same shape.
+// Copies IN's parameters and buffers into the layer. Tensors of the shared expert and of the base may come without their expert
+// axis of length 1; the names of those that did are returned, so that results can be given back in the same shape.
 std::set<std::string> replace_tensors(const RouteFile& file, const RouteLayer& layer);
 
 // IN's rows without padding.

@@ -1,27 +1,24 @@
 // Attention heads as experts. In all three a head is softmax(q·Kᵀ/√A)·V over the row's sequence, A the size of a head.
 //
-//   moa         Zhang et al. 2022 (Mixture of Attention Heads, arXiv 2210.05144): y = Σ_{e chosen} g_e·W_o^e·att(W_q^e·x, K, V), with
+//   moa         Zhang et al. 2022 (Mixture of Attention Heads, arXiv 2210.05144): y = Σ_{e chosen} g_e·W_o^e·att(W_q^e·x, K, V),
 //               K = W_k·x and V = W_v·x shared by all heads. One decision routes the query side and the output side.
 //   moh         Jin et al. 2024 (Mixture-of-Head attention, 2410.11842): heads have their own K and V. S shared heads with gates
-//               a_1·S·softmax(W_s·x), routed ones with a_2·K·g_e, K the row's number of routed heads; (a_1, a_2) = 2·softmax(W_a·x).
-//               The router's gates should sum to 1 (renormalise = "before_drop").
-//   switchhead  Csordás et al. 2023 (SwitchHead, 2312.07987): H heads with dense W_q and W_k; of each head the value and the output
-//               projection are mixtures, V = Σ_e s_e·W_v^e·x and y = Σ_h Σ_e d_e·W_o^{h,e}·att_h, with a decision each, both over x.
+//               a_1·S·softmax(W_s·x), routed ones with a_2·K·g_e, K the row's number of them; (a_1, a_2) = 2·softmax(W_a·x). The
+//               router's gates should sum to 1 (renormalise = "before_drop").
+//   switchhead  Csordás et al. 2023 (SwitchHead, 2312.07987): H heads with dense W_q and W_k. The value and the output projection
+//               of each are mixtures, V = Σ_e s_e·W_v^e·x and y = Σ_h Σ_e d_e·W_o^{h,e}·att_h, with a decision each, both over x.
 //               The paper's router is sigmoid_topk with renormalise = "none".
 //
 // Causal or not, as the model asks; positions may turn queries and keys (rotary), as the model asks.
 //
-// Initial weights: N(0, 1/fan_in), output projections times `output_scale`; drawn per (parameter, expert). W_a and W_s start at 0, so
-// that all gates of shared heads are 1.
+// Initial weights: N(0, 1/fan_in), output projections times `output_scale`; drawn per (parameter, expert). W_a and W_s start at
+// 0, so that all gates of shared heads are 1.
 //
 // Differences from the paper: moh computes every head and weights it (as its code does: nothing is saved by skipping); its load
 // balance loss is a [[loss]]. moa's positions are relative in the paper, rotary here.
 #include "core/error.h"
-#include "core/grouped.h"
-#include "core/model/routed_attention.h"
-#include "core/model/sequence_grid.h"
+#include "core/model/heads.h"
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -29,152 +26,42 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
-#include <cmath>
-
 namespace moelab {
 namespace {
 
-// One projection of every head: [experts, out, in].
-struct HeadMap {
-  std::string name;
-  int64_t out, in;
-  double scale = 1;
-};
+// After the model, or in `route` after the options alone.
+HeadShape head_shape(const AttentionPlace& place) {
+  const Options& options = place.layer.expert_spec.options;
+  const AttentionSpec& model = place.attention;
+  HeadShape shape;
+  shape.width = model.width;
+  shape.heads = options.integer("heads") > 0 ? options.integer("heads") : model.heads;
+  shape.size = options.integer("head_size") > 0 ? options.integer("head_size") : shape.width / model.heads;
+  shape.causal = options.text("mask") == "model" ? model.causal : options.text("mask") == "causal";
+  shape.rotary = options.text("positions") == "model" ? model.rotary : options.text("positions") == "rotary";
+  shape.rope_base = model.rope_base;
+  shape.output_scale = model.output_scale;
+  if (shape.rotary && shape.size % 2 != 0)
+    usage_error("[moe.expert] head_size = " + std::to_string(shape.size) + " is odd, but rotary positions turn pairs");
+  return shape;
+}
 
-// Stage s of the bank is its map `stages[s]`.
-class HeadBank : public ExpertBank {
- public:
-  HeadBank(const ExpertSpec& spec, std::vector<HeadMap> maps, std::vector<size_t> stages)
-      : maps_(std::move(maps)), stages_(std::move(stages)) {
-    groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
-    for (const HeadMap& map : maps_)
-      groups_.front().stacked.push_back({map.name, add_parameter(map.name, at::empty({spec.experts, map.out, map.in}, spec.dtype))});
-    for (int64_t e = 0; e < spec.experts; ++e) reset_expert(e, spec.init);
-    set_name("attention_head");
-    set_kind("attention_head " + spec.options.text("style"));
-  }
-
-  int stages() const override { return static_cast<int>(stages_.size()); }
-  int64_t output_width(int stage) const override { return maps_.at(stages_.at(static_cast<size_t>(stage))).out; }
-  Tensor forward(const ExpertContext& context, int stage) const override {
-    return grouped_linear(context.rows_ND, weight(stages_.at(static_cast<size_t>(stage))), {}, context.offsets_E1);
-  }
-  std::string refuses(PlanForm form) const override {
-    return form == PlanForm::kSparse ? ExpertBank::refuses(form) : "attention heads are chosen row by row; use a router with a sparse plan";
-  }
-  double flops_per_row(int64_t) const override {
-    double flops = 0;
-    for (const HeadMap& map : maps_) flops += 2.0 * static_cast<double>(map.out * map.in);
-    return flops;
-  }
-
-  void reset_expert(int64_t expert, RandomKey key) override {
-    const at::NoGradGuard no_grad;
-    for (size_t m = 0; m < maps_.size(); ++m) {
-      const Tensor weight_OI = weight(m).select(0, expert);
-      const double std = maps_[m].scale / std::sqrt(static_cast<double>(maps_[m].in));
-      weight_OI.copy_(normal_tensor(key.with(maps_[m].name, expert), weight_OI.sizes(), std, weight_OI.scalar_type()));
-    }
-  }
-
-  const Tensor& weight(size_t map) const { return groups_.front().stacked.at(map).tensor; }
-
- private:
-  std::vector<HeadMap> maps_;
-  std::vector<size_t> stages_;
-};
-
-// What heads have in common, trained but not routed.
-class SharedHeads : public Module {
- public:
-  SharedHeads(const ExpertSpec& spec, int64_t heads, const std::vector<HeadMap>& maps) {
-    for (const HeadMap& map : maps) {
-      const double std = map.scale / std::sqrt(static_cast<double>(map.in));
-      weights_.push_back(add_parameter(map.name, normal_tensor(spec.init.with("shared").with(map.name), {heads, map.out, map.in}, std, spec.dtype)));
-    }
-  }
-  const Tensor& weight(size_t map) const { return weights_.at(map); }
-
- private:
-  std::vector<Tensor> weights_;
-};
-
-// Sizes and choices that the styles share, after the model's or, in `route`, their own.
-struct HeadShape {
-  int64_t width, heads, size;
-  bool causal, rotary;
-  double rope_base, output_scale;
-
-  explicit HeadShape(const AttentionPlace& place) {
-    const Options& options = place.layer.expert_spec.options;
-    const AttentionSpec& model = place.attention;
-    width = model.width;
-    heads = options.integer("heads") > 0 ? options.integer("heads") : model.heads;
-    size = options.integer("head_size") > 0 ? options.integer("head_size") : width / model.heads;
-    causal = options.text("mask") == "model" ? model.causal : options.text("mask") == "causal";
-    rotary = options.text("positions") == "model" ? model.rotary : options.text("positions") == "rotary";
-    rope_base = model.rope_base;
-    output_scale = model.output_scale;
-    if (rotary && size % 2 != 0) usage_error("[moe.expert] head_size = " + std::to_string(size) + " is odd, but rotary positions turn pairs");
-  }
-
-  HeadMap in(const char* name) const { return {name, size, width}; }
-  HeadMap out(const char* name) const { return {name, width, size, output_scale}; }
-};
+std::unique_ptr<HeadBank> head_bank(const ExpertSpec& spec, std::vector<HeadMap> maps, std::vector<size_t> stages) {
+  auto bank = std::make_unique<HeadBank>(spec, std::move(maps), std::move(stages));
+  bank->set_name("attention_head");
+  bank->set_kind("attention_head " + spec.options.text("style"));
+  return bank;
+}
 
 ExpertSpec head_spec(const AttentionPlace& place) { return place.layer.expert_spec; }
 
 std::unique_ptr<HeadBank> head_bank_of_moa(const ExpertSpec& spec, const HeadShape& shape) {
-  return std::make_unique<HeadBank>(spec, std::vector<HeadMap>{shape.in("w_q"), shape.out("w_o")}, std::vector<size_t>{0, 1});
+  return head_bank(spec, {shape.in("w_q"), shape.out("w_o")}, {0, 1});
 }
 std::unique_ptr<HeadBank> head_bank_of_moh(const ExpertSpec& spec, const HeadShape& shape) {
-  const std::vector<HeadMap> maps{shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")};
-  return std::make_unique<HeadBank>(spec, maps, std::vector<size_t>{0, 3});
+  return head_bank(spec, {shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")}, {0, 3});
 }
-std::unique_ptr<HeadBank> head_bank_of_side(const ExpertSpec& spec, const HeadMap& map) {
-  return std::make_unique<HeadBank>(spec, std::vector<HeadMap>{map}, std::vector<size_t>{0});
-}
-
-// Keys and values of a pass, those of earlier calls included, and the layout of its rows.
-class HeadPass {
- public:
-  HeadPass(const HeadShape& shape, const RouteInput& in, DecodeCache* cache)
-      : shape_(shape), in_(in), cache_(cache), grid_(in.sequence_T, in.position_T, in.sequences) {}
-
-  Tensor turned(const Tensor& x_THA, const Tensor& position_T) const {
-    return shape_.rotary ? rotate_rows(x_THA, position_T, shape_.rope_base) : x_THA;
-  }
-  Tensor turned(const Tensor& x_THA) const { return turned(x_THA, in_.position_T); }
-
-  // q_THA over keys and values of as many heads, or of one that all share; [T,H,A].
-  Tensor attended(const Tensor& q_THA, const Tensor& k_ThA, const Tensor& v_ThA) const {
-    const Tensor q_BHLA = heads_first(q_THA);
-    const Tensor k_BhKA = kept("k", heads_first(k_ThA)), v_BhKA = kept("v", heads_first(v_ThA));
-    const auto for_all = [&](const Tensor& x) { return x.expand({x.size(0), q_BHLA.size(1), x.size(2), x.size(3)}); };
-    return grid_.take(attend(q_BHLA, for_all(k_BhKA), for_all(v_BhKA), shape_.causal, grid_.real_BL()).transpose(1, 2).contiguous());
-  }
-
- private:
-  Tensor heads_first(const Tensor& x_THA) const { return grid_.lay(x_THA).transpose(1, 2); }
-
-  Tensor kept(const char* name, const Tensor& more_BhLA) const {
-    if (!cache_) return more_BhLA;
-    check_invariant(shape_.causal && !grid_.real_BL().defined(), "decoding goes on from whole rows of causal attention");
-    Tensor& all = cache_->kept[name];
-    all = all.defined() ? at::cat({all, more_BhLA}, 2) : more_BhLA;
-    return all;
-  }
-
-  const HeadShape& shape_;
-  const RouteInput& in_;
-  DecodeCache* cache_;
-  SequenceGrid grid_;
-};
-
-// All heads of one projection at once: [T,H,A].
-Tensor project_heads(const Tensor& x_TD, const Tensor& weight_HAD) {
-  return at::linear(x_TD, weight_HAD.flatten(0, 1)).view({x_TD.size(0), weight_HAD.size(0), weight_HAD.size(1)});
-}
+std::unique_ptr<HeadBank> head_bank_of_side(const ExpertSpec& spec, const HeadMap& map) { return head_bank(spec, {map}, {0}); }
 
 const SparsePlan& sparse_plan(const RouteOutput& routed) {
   const auto* plan = std::get_if<SparsePlan>(&routed.plan);
@@ -187,13 +74,14 @@ double keys_seen(const HeadShape& shape, int64_t context) {
 }
 
 double chosen_heads(const MoELayer& site) {
-  const int64_t k = site.settings().router_spec.options.declared("k") ? site.settings().router_spec.k() : site.site().bank->experts();
+  const int64_t k =
+      site.settings().router_spec.options.declared("k") ? site.settings().router_spec.k() : site.site().bank->experts();
   return static_cast<double>(k);
 }
 
 class MoaAttention : public RoutedAttention {
  public:
-  explicit MoaAttention(const AttentionPlace& place) : shape_(place) {
+  explicit MoaAttention(const AttentionPlace& place) : shape_(head_shape(place)) {
     heads_ = std::make_shared<MoELayer>(place.path, place.layer, head_bank_of_moa(head_spec(place), shape_));
     shared_ = std::make_shared<SharedHeads>(head_spec(place), 1, std::vector<HeadMap>{shape_.in("w_k"), shape_.in("w_v")});
     add_child("", heads_);
@@ -243,15 +131,16 @@ class MoaAttention : public RoutedAttention {
 
 class MohAttention : public RoutedAttention {
  public:
-  explicit MohAttention(const AttentionPlace& place) : shape_(place), shared_heads_(head_spec(place).options.integer("shared_heads")) {
+  explicit MohAttention(const AttentionPlace& place)
+      : shape_(head_shape(place)), shared_heads_(head_spec(place).options.integer("shared_heads")) {
     const ExpertSpec spec = head_spec(place);
     auto bank = head_bank_of_moh(spec, shape_);
     bank_ = bank.get();
     heads_ = std::make_shared<MoELayer>(place.path, place.layer, std::move(bank));
     add_child("", heads_);
     if (shared_heads_ == 0) return;
-    shared_ = std::make_shared<SharedHeads>(spec, shared_heads_, std::vector<HeadMap>{shape_.in("w_q"), shape_.in("w_k"), shape_.in("w_v"),
-                                                                                      shape_.out("w_o")});
+    shared_ = std::make_shared<SharedHeads>(
+        spec, shared_heads_, std::vector<HeadMap>{shape_.in("w_q"), shape_.in("w_k"), shape_.in("w_v"), shape_.out("w_o")});
     add_child("shared", shared_);
     split_2D_ = add_parameter("split.weight", at::zeros({2, shape_.width}, spec.dtype));
     shared_SD_ = add_parameter("shared_gate.weight", at::zeros({shared_heads_, shape_.width}, spec.dtype));
@@ -277,7 +166,9 @@ class MohAttention : public RoutedAttention {
 
  private:
   // Shared heads first: [H,…].
-  Tensor all_heads(size_t map) const { return shared_ ? at::cat({shared_->weight(map), bank_->weight(map)}) : bank_->weight(map); }
+  Tensor all_heads(size_t map) const {
+    return shared_ ? at::cat({shared_->weight(map), bank_->weight(map)}) : bank_->weight(map);
+  }
 
   // In the order of all_heads(), in float32 or better.
   Tensor gates(const Tensor& x_TD, const SparsePlan& plan) const {
@@ -306,10 +197,11 @@ class MohAttention : public RoutedAttention {
 
 class SwitchHeadAttention : public RoutedAttention {
  public:
-  explicit SwitchHeadAttention(const AttentionPlace& place) : shape_(place) {
+  explicit SwitchHeadAttention(const AttentionPlace& place) : shape_(head_shape(place)) {
     for (int64_t h = 0; h < shape_.heads; ++h) add_side(place, values_, "value", h, 0, shape_.in("w_v"));
     for (int64_t h = 0; h < shape_.heads; ++h) add_side(place, outputs_, "output", h, 1, shape_.out("w_o"));
-    shared_ = std::make_shared<SharedHeads>(head_spec(place), shape_.heads, std::vector<HeadMap>{shape_.in("w_q"), shape_.in("w_k")});
+    shared_ =
+        std::make_shared<SharedHeads>(head_spec(place), shape_.heads, std::vector<HeadMap>{shape_.in("w_q"), shape_.in("w_k")});
     add_child("shared", shared_);
   }
 
@@ -325,7 +217,8 @@ class SwitchHeadAttention : public RoutedAttention {
     std::vector<Tensor> values;
     for (const auto& site : values_) values.push_back(mixture(*site, x_TD, x_TD, walk));
     Tensor mixed_THA = at::stack(values, 1);
-    const Tensor q_THA = pass.turned(project_heads(x_TD, shared_->weight(0))), k_THA = pass.turned(project_heads(x_TD, shared_->weight(1)));
+    const Tensor q_THA = pass.turned(project_heads(x_TD, shared_->weight(0))),
+                 k_THA = pass.turned(project_heads(x_TD, shared_->weight(1)));
     if (x_TD.size(0) > 0) mixed_THA = pass.attended(q_THA, k_THA, mixed_THA);
     Tensor y_TD;
     for (size_t h = 0; h < outputs_.size(); ++h) {
@@ -337,7 +230,8 @@ class SwitchHeadAttention : public RoutedAttention {
 
   double flops_per_row(int64_t context) const override {
     const double map = 2.0 * static_cast<double>(shape_.width * shape_.size), heads = static_cast<double>(shape_.heads);
-    return heads * ((2 + 2 * chosen_heads(*values_.front())) * map + 4 * static_cast<double>(shape_.size) * keys_seen(shape_, context));
+    return heads *
+           ((2 + 2 * chosen_heads(*values_.front())) * map + 4 * static_cast<double>(shape_.size) * keys_seen(shape_, context));
   }
 
  private:
@@ -378,7 +272,7 @@ std::unique_ptr<ExpertBank> make_head_bank(const ExpertSpec& spec) {
   place.attention.width = spec.width;
   place.attention.output_scale = spec.output_scale;
   place.layer.expert_spec = spec;
-  const HeadShape shape(place);
+  const HeadShape shape = head_shape(place);
   const std::string& style = spec.options.text("style");
   if (style == "moh") return head_bank_of_moh(spec, shape);
   if (style == "switchhead") return head_bank_of_side(spec, shape.in("w_v"));
@@ -390,14 +284,18 @@ const Registration<ExpertEntry> registration_attention_head{{
     .title = "Attention heads",
     .citation = "Zhang et al. 2022 (MoA), arXiv 2210.05144; Jin et al. 2024 (MoH), 2410.11842; Csordás et al. 2023 (SwitchHead), "
                 "2312.07987",
-    .equation = "moa: y = Σ_e g_e·W_o^e·att(W_q^e·x, K, V); moh: y = Σ_h w_h·W_o^h·att_h, shared and routed heads; switchhead: V and W_o "
-                "of each head are mixtures of experts",
-    .options = {option("style", "moa", "moa: one K and V for all heads; moh: shared heads and routed heads; switchhead: routed value and "
-                                       "output projections of each head, two routers").one_of({"moa", "moh", "switchhead"}),
+    .equation =
+        "moa: y = Σ_e g_e·W_o^e·att(W_q^e·x, K, V); moh: y = Σ_h w_h·W_o^h·att_h, shared and routed heads; switchhead: V and W_o "
+        "of each head are mixtures of experts",
+    .options = {option("style", "moa",
+                       "moa: one K and V for all heads; moh: shared heads and routed heads; switchhead: routed value and "
+                       "output projections of each head, two routers")
+                    .one_of({"moa", "moh", "switchhead"}),
                 option("heads", 0, "switchhead: heads; 0 = the model's, in `route` 1").at_least(0),
                 option("head_size", 0, "A; 0 = D / heads of the model, in `route` D").at_least(0),
                 option("shared_heads", 1, "moh: heads that every row uses").at_least(0),
-                option("mask", "model", "causal, or full: all rows of a sequence see each other; `route` knows no model and is causal")
+                option("mask", "model",
+                       "causal, or full: all rows of a sequence see each other; `route` knows no model and is causal")
                     .one_of({"model", "causal", "full"}),
                 option("positions", "model", "rotary, or none; `route` has none").one_of({"model", "none", "rotary"})},
     .make = [](ExpertSpec spec) -> std::unique_ptr<ExpertBank> { return make_head_bank(spec); },

@@ -2,8 +2,8 @@
 //
 //   Hu et al. 2021 (LoRA, arXiv 2106.09685):              W·x + (α/r)·B·A·x, B = 0 at the start
 //   Kalajdzievski 2023 (rank-stabilised, 2312.03732):     α/√r in the place of α/r
-//   Li et al. 2024 (MixLoRA, 2404.15159), targets "ffn":  y = Σ_e g_e·FFN_e(x); expert e is the base's feed-forward layer with an
-//                                                         adapter on each of its linear maps, all under one decision
+//   Li et al. 2024 (MixLoRA, 2404.15159), targets "ffn":  y = Σ_e g_e·FFN_e(x); expert e is the base's feed-forward layer with
+//                                                         an adapter on each of its linear maps, all under one decision
 //   Dou et al. 2023 (LoRAMoE, 2312.09979), Zadouri et al. 2023 (MoLoRA, 2309.05444), Gao et al. 2024 (MoLA, 2402.08562), other
 //   targets:                                              y = W·x + (α/r)·Σ_e g_e·B_e·A_e·x at every linear map
 //
@@ -17,8 +17,8 @@
 //
 // Initial weights: A is U(±1/√in), the kaiming-uniform draw with a = √5; drawn per (map, expert).
 //
-// Differences from the paper: where gates do not sum to 1, MixLoRA's sum scales the base's part too; here the rest of the weight is
-// the base's. The inputs that dropout takes are drawn per row and map, the same for all experts.
+// Differences from the paper: where gates do not sum to 1, MixLoRA's sum scales the base's part too; here the rest of the weight
+// is the base's. The inputs that dropout takes are drawn per row and map, the same for all experts.
 #include "core/adapters.h"
 #include "core/error.h"
 #include "core/feed_forward.h"
@@ -70,8 +70,11 @@ std::shared_ptr<ExpertBank> lora_feed_forward_base(const ExpertSpec& spec) {
 class LoraBank : public AdapterBank {
  public:
   explicit LoraBank(const ExpertSpec& spec)
-      : scale_(lora_scale(spec.options)), dropout_(spec.options.real("dropout")), products_(spec.options.text("merge") == "products"),
-        width_(spec.width), form_(spec.base) {
+      : scale_(lora_scale(spec.options)),
+        dropout_(spec.options.real("dropout")),
+        products_(spec.options.text("merge") == "products"),
+        width_(spec.width),
+        form_(spec.base) {
     groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
     add_maps(spec);
     for (int64_t e = 0; e < spec.experts; ++e) reset_expert(e, spec.init);
@@ -164,7 +167,8 @@ class LoraBank : public AdapterBank {
 
   void add_feed_forward(const ExpertSpec& spec) {
     if (const std::string& targets = spec.options.text("targets"); targets != "ffn")
-      usage_error("[moe.expert] targets = \"" + targets + "\" names maps of a model; a layer on its own has \"ffn\" or \"linear\"");
+      usage_error("[moe.expert] targets = \"" + targets +
+                  "\" names maps of a model; a layer on its own has \"ffn\" or \"linear\"");
     if (!form_) {
       const std::shared_ptr<ExpertBank> own = lora_feed_forward_base(spec);
       base_ = own;
@@ -238,8 +242,9 @@ class LoraBank : public AdapterBank {
 
   void refuse_dropout(bool training) const {
     if (dropout_ > 0 && training)
-      usage_error("experts 'lora': dropout is drawn per row of the layer, which takes a router with a sparse plan and execution = "
-                  "\"auto\"; set dropout = 0");
+      usage_error(
+          "experts 'lora': dropout is drawn per row of the layer, which takes a router with a sparse plan and execution = "
+          "\"auto\"; set dropout = 0");
   }
 
   double scale_, dropout_;
@@ -255,21 +260,25 @@ class LoraBank : public AdapterBank {
 const Registration<ExpertEntry> registration_lora{{
     .name = "lora",
     .title = "Low-rank adapters on a frozen base",
-    .citation = "Hu et al. 2021, arXiv 2106.09685; Li et al. 2024 (MixLoRA), 2404.15159; Dou et al. 2023 (LoRAMoE), 2312.09979; Gao et "
-                "al. 2024 (MoLA), 2402.08562",
+    .citation =
+        "Hu et al. 2021, arXiv 2106.09685; Li et al. 2024 (MixLoRA), 2404.15159; Dou et al. 2023 (LoRAMoE), 2312.09979; Gao et "
+        "al. 2024 (MoLA), 2402.08562",
     .equation = "y = W·x + s·Σ_e g_e·B_e·A_e·x at linear maps, or y = FFN(x) + Σ_e g_e·(FFN_e(x) - FFN(x)); s = alpha/rank or "
                 "alpha/√rank",
-    .options = {option("targets", "ffn", "what of a block carries adapters: ffn (each expert a whole feed-forward layer), or linear maps "
-                                         "by name (\"attention.q, dense.w_in\"), attention, dense, all; in `route`: ffn or linear"),
-                option("decision", "linear", "of linear maps: each its own router, or one for all maps of the layer").one_of({"linear", "layer"}),
-                option("rank", 8, "r, rows of A").at_least(1),
-                option("alpha", 16.0, "numerator of the scale").at_least(0),
-                option("scaling", "plain", "alpha/rank, or alpha/√rank").one_of({"plain", "rank_stabilised"}),
-                option("dropout", 0.0, "share of the adapters' inputs set to 0 in training").between(0, 0.99),
-                option("merge", "factors", "what a merge plan mixes: A and B apart, or their products").one_of({"factors", "products"}),
-                option("activation", "relu", "of the base in `route`; a model brings its own").one_of({"relu", "gelu", "gelu_tanh", "swiglu"}),
-                option("width", 0, "of the base in `route`: hidden width, 0 = 4·D; of a linear base its outputs, 0 = D").at_least(0),
-                option("bias", false, "of the base in `route`: a bias after every linear map")},
+    .options =
+        {option("targets", "ffn",
+                "what of a block carries adapters: ffn (each expert a whole feed-forward layer), or linear maps "
+                "by name (\"attention.q, dense.w_in\"), attention, dense, all; in `route`: ffn or linear"),
+         option("decision", "linear", "of linear maps: each its own router, or one for all maps of the layer")
+             .one_of({"linear", "layer"}),
+         option("rank", 8, "r, rows of A").at_least(1), option("alpha", 16.0, "numerator of the scale").at_least(0),
+         option("scaling", "plain", "alpha/rank, or alpha/√rank").one_of({"plain", "rank_stabilised"}),
+         option("dropout", 0.0, "share of the adapters' inputs set to 0 in training").between(0, 0.99),
+         option("merge", "factors", "what a merge plan mixes: A and B apart, or their products").one_of({"factors", "products"}),
+         option("activation", "relu", "of the base in `route`; a model brings its own")
+             .one_of({"relu", "gelu", "gelu_tanh", "swiglu"}),
+         option("width", 0, "of the base in `route`: hidden width, 0 = 4·D; of a linear base its outputs, 0 = D").at_least(0),
+         option("bias", false, "of the base in `route`: a bias after every linear map")},
     .make = [](ExpertSpec spec) { return std::make_unique<LoraBank>(spec); },
     .place = ExpertPlace::kLinears,
 }};

@@ -131,8 +131,10 @@ OptionSpecs checkpoint_options() {
 }
 
 OptionSpecs init_options() {
-  return {option("from", "", "start from what an earlier run learned: its folder, a checkpoint, or a safetensors file; names have to "
-                             "match, and routers, experts and adapters that it lacks start anew").as_path()};
+  return {option("from", "",
+                 "start from what an earlier run learned: its folder, a checkpoint, or a safetensors file; names have to "
+                 "match, and routers, experts and adapters that it lacks start anew")
+              .as_path()};
 }
 
 TrainSettings read_train_settings(const Table& root) {
@@ -191,8 +193,8 @@ std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, 
 }
 
 void check_top_level(const Table& root) {
-  root.options(top_level_options(), {"extends", "model", "moe", "attention", "adapters", "layer", "loss", "data", "train", "objective",
-                                     "optimizer", "schedule", "eval", "checkpoint", "init", "route"});
+  root.options(top_level_options(), {"extends", "model", "moe", "attention", "adapters", "layer", "loss", "data", "train",
+                                     "objective", "optimizer", "schedule", "eval", "checkpoint", "init", "route"});
 }
 
 void read_objective(const Table& root, TrainSettings& settings) {

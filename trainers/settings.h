@@ -1,5 +1,5 @@
-// What `[train]`, `[objective]`, `[optimizer]`, `[schedule]`, `[eval]`, `[checkpoint]`, `[init]` and `[data]` say. Options are declared once,
-// here.
+// What `[train]`, `[objective]`, `[optimizer]`, `[schedule]`, `[eval]`, `[checkpoint]`, `[init]` and `[data]` say. Options are
+// declared once, here.
 #pragma once
 
 #include "core/config.h"

@@ -119,7 +119,8 @@ const std::vector<NamedTensor>& group_of(const Checkpoint& checkpoint, const std
 std::vector<std::pair<Tensor, Tensor>> model_pairs(const Checkpoint& checkpoint, const Model& model) {
   const std::string base = checkpoint.content.state.value("base", "");
   if (!base.empty() && base != base_hash(model))
-    data_error(checkpoint.folder + " holds adapters of another base than [init] from gives; start from the run that it started from");
+    data_error(checkpoint.folder +
+               " holds adapters of another base than [init] from gives; start from the run that it started from");
   return matched(kept_views(model, !base.empty()), group_of(checkpoint, "model"), checkpoint.folder + "/model.safetensors");
 }
 
@@ -129,7 +130,8 @@ std::vector<NamedTensor> tensors_in(const std::string& from) {
   if (from.ends_with(".safetensors")) return read_safetensors(from).tensors;
   if (fs::is_directory(from + "/ckpt")) return group_of(load_latest(from + "/ckpt"), "model");
   if (fs::exists(from + "/manifest.json")) return group_of(load_checkpoint(from), "model");
-  data_error(fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
+  data_error(
+      fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
 }
 
 bool is_routed(const Model& model, const std::string& name) {

@@ -12,8 +12,9 @@
 
 namespace moelab {
 
-// `trained_only` leaves out a base that stands still under adapters; `restore` then finds it in the model, and refuses another one.
-CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimizer, nlohmann::json state, bool trained_only = false);
+// `trained_only` leaves out a base that stands still under adapters; `restore` then finds it in the model, and refuses another.
+CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimizer, nlohmann::json state,
+                                     bool trained_only = false);
 
 // Copies a checkpoint's tensors into the model and the optimiser. Throws Error(kData) naming the first tensor that is
 // missing, unknown, or of another shape or dtype; nothing has been changed then.
@@ -21,8 +22,8 @@ void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& 
 void restore_model(const Checkpoint& checkpoint, const Model& model);
 
 // Starts the model from what an earlier run learned: `from` is its folder, one of its checkpoints, or a safetensors file. Tensors
-// are matched by name. What the source lacks must belong to a routed place of the model (routers, experts, adapters) and keeps its
-// initial value; what the model lacks is refused, as Error(kData) naming the tensor.
+// are matched by name. What the source lacks must belong to a routed place of the model (routers, experts, adapters) and keeps
+// its initial value; what the model lacks is refused, as Error(kData) naming the tensor.
 void start_from(const std::string& from, const Model& model);
 
 // Error(kData) where the checkpoint was trained on other tokens than these data hold: a file or the tokenizer has changed.

@@ -47,8 +47,9 @@ std::vector<LinearShape> targeted(const Table& expert, const std::string& words,
       targets.push_back(linear);
   for (const std::string& word : wanted)
     if (std::none_of(targets.begin(), targets.end(), [&](const LinearShape& map) { return is_named(map.name, word); }))
-      expert.fail("targets", fmt::format("'{}' names no linear map of a block; it has {}; or write all, attention, dense, or ffn alone",
-                                         word, fmt::join(names_of(linears), ", ")));
+      expert.fail("targets",
+                  fmt::format("'{}' names no linear map of a block; it has {}; or write all, attention, dense, or ffn alone",
+                              word, fmt::join(names_of(linears), ", ")));
   if (targets.empty()) expert.fail("targets", "no linear map is named");
   return targets;
 }
@@ -67,7 +68,8 @@ AdapterSettings read_adapters(const Table& expert, LayerSettings layer, const st
     if (options.declared(of_base) && options.was_set(of_base))
       expert.fail(of_base, fmt::format("'{}' is the base's, which is the model's own layer: [model] describes it", of_base));
   const std::string targets = options.text("targets");
-  AdapterSettings settings{std::move(layer), targets == "ffn" ? std::vector<LinearShape>{} : targeted(expert, targets, linears), false};
+  AdapterSettings settings{std::move(layer), targets == "ffn" ? std::vector<LinearShape>{} : targeted(expert, targets, linears),
+                           false};
   settings.one_decision = settings.layer.expert_spec.options.text("decision") == "layer";
   if (settings.one_decision && !decides_sparsely(settings.layer))
     expert.fail("decision", fmt::format("one decision for several maps takes a sparse plan, which router '{}' does not make; use "
@@ -94,10 +96,12 @@ void BlockAdapters::lay(const std::string& path, const std::string& name, LayerS
   settings.router_spec.width = settings.expert_spec.width = linears.front().in;
   settings.router_spec.init = settings.router_spec.init.with(name);
   settings.expert_spec.init = settings.expert_spec.init.with(name);
-  for (const LinearShape& linear : linears) settings.expert_spec.linears.push_back({last_word(linear.name), linear.in, linear.out});
+  for (const LinearShape& linear : linears)
+    settings.expert_spec.linears.push_back({last_word(linear.name), linear.in, linear.out});
   const auto layer = std::make_shared<MoELayer>(fmt::format("{}.adapters.{}", path, name), std::move(settings));
   add_child(name, layer);
-  for (size_t stage = 0; stage < linears.size(); ++stage) laid_.push_back({linears[stage].name, layer, &adapter_bank(*layer), stage});
+  for (size_t stage = 0; stage < linears.size(); ++stage)
+    laid_.push_back({linears[stage].name, layer, &adapter_bank(*layer), stage});
 }
 
 std::vector<MoELayer*> BlockAdapters::sites() const {

@@ -13,7 +13,7 @@ namespace moelab {
 
 struct AdapterSettings {
   LayerSettings layer;
-  std::vector<LinearShape> linears;  // laid on these, "attention.q", "dense.w_in"; none: each expert is a whole feed-forward layer
+  std::vector<LinearShape> linears;  // laid on these, "attention.q", "dense.w_in"; none: an expert is a whole feed-forward layer
   bool one_decision = false;         // for all maps of the block; else each has its own
 };
 

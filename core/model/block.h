@@ -1,5 +1,5 @@
-// One block: x + attention(norm(x)) where it has attention, then + experts(norm(·)). Attention and experts may be routed or dense,
-// and adapters may be laid on the dense ones.
+// One block: x + attention(norm(x)) where it has attention, then + experts(norm(·)). Attention and experts may be routed or
+// dense, and adapters may be laid on the dense ones.
 #pragma once
 
 #include "core/model/adapters.h"

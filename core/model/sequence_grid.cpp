@@ -11,9 +11,11 @@ namespace {
 // Place of every row within its sequence.
 Tensor ranks_within(const Tensor& sequence_T, const Tensor& position_T, const Tensor& count_B) {
   const Tensor by_position_T = position_T.argsort(/*stable=*/true, 0, /*descending=*/false);
-  const Tensor order_T = by_position_T.index_select(0, sequence_T.index_select(0, by_position_T).argsort(/*stable=*/true, 0, false));
+  const Tensor order_T =
+      by_position_T.index_select(0, sequence_T.index_select(0, by_position_T).argsort(/*stable=*/true, 0, false));
   const Tensor first_B = count_B.cumsum(0).sub(count_B);
-  const Tensor rank_T = at::arange(sequence_T.numel(), at::kLong).sub(first_B.index_select(0, sequence_T.index_select(0, order_T)));
+  const Tensor rank_T =
+      at::arange(sequence_T.numel(), at::kLong).sub(first_B.index_select(0, sequence_T.index_select(0, order_T)));
   return at::empty({sequence_T.numel()}, at::kLong).index_copy_(0, order_T, rank_T);
 }
 

@@ -46,7 +46,8 @@ struct BlockReader {
 
   LayerSettings layer(const Table& tables, const std::string& table, int64_t index) const {
     const RandomKey key = table == "moe" ? init_of(index) : init_of(index).with(table);
-    LayerSettings layer = read_layer(tables, model.integer("width"), index, spec.data.vocabulary(), model_dtype(model), key, table);
+    LayerSettings layer =
+        read_layer(tables, model.integer("width"), index, spec.data.vocabulary(), model_dtype(model), key, table);
     layer.expert_spec.output_scale = output_scale();
     return layer;
   }
@@ -57,7 +58,8 @@ struct BlockReader {
     for (const std::string& table : routed) place(settings, tables, table, layer(tables, table, index));
     if (!settings.moe && !settings.dense) settings.dense = dense(index);
     if (settings.adapters && (settings.moe || settings.routed_attention))
-      tables.child("adapters").fail("layers", fmt::format("block {} has routed experts: adapters are laid on blocks without them", index));
+      tables.child("adapters")
+          .fail("layers", fmt::format("block {} has routed experts: adapters are laid on blocks without them", index));
     return settings;
   }
 
@@ -65,16 +67,21 @@ struct BlockReader {
     const Table here = tables.child(table);
     const bool twin = model.text("twin") != "none";
     if (twin && layer.place != ExpertPlace::kFeedForward)
-      spec.root.child("model").fail("twin", fmt::format("only feed-forward experts have a dense twin; '{}' has none", layer.expert));
+      spec.root.child("model").fail("twin",
+                                    fmt::format("only feed-forward experts have a dense twin; '{}' has none", layer.expert));
     if (attention && attention->causal && !twin)
       if (const std::string why = require_causal(here, layer, spec.allow_noncausal_training); !why.empty())
         settings.sees_future.push_back(fmt::format("layers.{}.{}: {}", layer.router_spec.layer, table, why));
     const auto once = [&](bool taken) {
-      if (taken) here.child("expert").fail("name", fmt::format("experts '{}' want a place of the block that another table has", layer.expert));
+      if (taken)
+        here.child("expert").fail("name",
+                                  fmt::format("experts '{}' want a place of the block that another table has", layer.expert));
     };
     if (layer.place == ExpertPlace::kAttention) {
       once(settings.routed_attention.has_value());
-      if (!attention) here.child("expert").fail("name", fmt::format("experts '{}' are attention heads, but this model has no attention", layer.expert));
+      if (!attention)
+        here.child("expert").fail("name",
+                                  fmt::format("experts '{}' are attention heads, but this model has no attention", layer.expert));
       settings.routed_attention = std::move(layer);
     } else if (layer.place == ExpertPlace::kLinears) {
       once(settings.adapters.has_value());

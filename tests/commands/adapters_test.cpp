@@ -26,13 +26,14 @@ validation_documents = 4
 steps = 20
 batch = 4
 )";
-const std::string kAdapterTables = "extends = \"base.toml\"\n[init]\nfrom = \"base\"\n[adapters]\nexperts = 3\n[adapters.router]\nk = 2\n"
-                                   "[data]\nsource_seed = 9\n";
+const std::string kAdapterTables =
+    "extends = \"base.toml\"\n[init]\nfrom = \"base\"\n[adapters]\nexperts = 3\n[adapters.router]\nk = 2\n"
+    "[data]\nsource_seed = 9\n";
 
 std::map<std::string, Tensor> model_in(const std::string& run) {
+  const Checkpoint checkpoint = load_latest(run + "/ckpt");
   std::map<std::string, Tensor> tensors;
-  const auto latest = load_latest(run + "/ckpt");
-  for (const NamedTensor& entry : latest.content.groups.at("model")) tensors[entry.name] = entry.tensor;
+  for (const NamedTensor& entry : checkpoint.content.groups.at("model")) tensors[entry.name] = entry.tensor;
   return tensors;
 }
 
@@ -62,15 +63,17 @@ TEST_CASE("adapting leaves every tensor of the base bitwise as it was, and only 
   }
   for (const auto& [name, tensor] : adapted) CHECK(base.contains(name) != contains(name, ".adapters."));
   CHECK(adapted.at("layers.0.adapters.ffn.experts.0.w_down_b").abs().max().item<double>() > 0);  // they did learn
-  const auto latest = load_latest(folder / "all/ckpt");
-  for (const NamedTensor& moment : latest.content.groups.at("optimizer")) CHECK(contains(moment.name, ".adapters."));
+  const Checkpoint checkpoint = load_latest(folder / "all/ckpt");
+  for (const NamedTensor& moment : checkpoint.content.groups.at("optimizer"))
+    CHECK(contains(moment.name, ".adapters."));
 }
 
 TEST_CASE("a checkpoint without its base is small, goes on bitwise, and refuses another base") {
   ScratchFolder folder;
   with_base(folder);
   REQUIRE(adapt(folder, "whole").code == 0);
-  const std::vector<std::string> trained{"--set", "checkpoint.holds=trained", "--set", "checkpoint.every=10", "--set", "checkpoint.keep_last=3"};
+  const std::vector<std::string> trained{"--set", "checkpoint.holds=trained", "--set", "checkpoint.every=10",
+                                         "--set", "checkpoint.keep_last=3"};
   REQUIRE(adapt(folder, "part", trained).code == 0);
   const auto part = model_in(folder / "part"), whole = model_in(folder / "whole");
   for (const auto& [name, tensor] : part) {

@@ -21,7 +21,8 @@ TEST_CASE("the registry lists the data sets in order of their names") {
   std::vector<std::string> names;
   for (const DatasetEntry& entry : Registry<DatasetEntry>::instance().all()) names.push_back(entry.name);
   CHECK(std::is_sorted(names.begin(), names.end()));
-  for (const char* name : {"bytes", "clusters", "fashion_mnist", "fortunes_de", "kjv", "markov"}) CHECK(Registry<DatasetEntry>::instance().contains(name));
+  for (const char* name : {"bytes", "clusters", "fashion_mnist", "fortunes_de", "kjv", "markov"})
+    CHECK(Registry<DatasetEntry>::instance().contains(name));
   CHECK_FALSE(Registry<DatasetEntry>::instance().contains("bible"));
 }
 

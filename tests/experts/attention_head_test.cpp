@@ -1,4 +1,5 @@
-// Attention heads against one dot product at a time, in three styles; interleaved sequences of unequal lengths, any number of heads.
+// Attention heads against one dot product at a time, in three styles; interleaved sequences of unequal lengths, any number of
+// heads.
 #include "core/config.h"
 #include "core/model/routed_attention.h"
 #include "../support/sparse_cases.h"
@@ -40,7 +41,8 @@ std::shared_ptr<RoutedAttention> attention_of(const HeadCase& at) {
   const auto attention = Registry<ExpertEntry>::instance().find("attention_head").make_attention(place);
   std::mt19937_64 draw(4);
   const at::NoGradGuard no_grad;
-  for (const NamedTensor& entry : attention->parameters()) entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
+  for (const NamedTensor& entry : attention->parameters())
+    entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
   return attention;
 }
 
@@ -67,7 +69,8 @@ Tensor head_turned(const Tensor& x_A, int64_t position) {
   const int64_t half = x_A.size(0) / 2;
   std::vector<Tensor> low, high;
   for (int64_t i = 0; i < half; ++i) {
-    const double angle = static_cast<double>(position) * std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(2 * half));
+    const double angle =
+        static_cast<double>(position) * std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(2 * half));
     low.push_back(x_A[i] * std::cos(angle) - x_A[i + half] * std::sin(angle));
     high.push_back(x_A[i + half] * std::cos(angle) + x_A[i] * std::sin(angle));
   }
@@ -76,11 +79,13 @@ Tensor head_turned(const Tensor& x_A, int64_t position) {
 }
 
 // Attention of row t with query q over the rows of its sequence, keys and values one row at a time.
-Tensor plain_head(const HeadCase& at, const RouteInput& in, int64_t t, const Tensor& q_A, const Tensor& w_k, const std::vector<Tensor>& values) {
+Tensor plain_head(const HeadCase& at, const RouteInput& in, int64_t t, const Tensor& q_A, const Tensor& w_k,
+                  const std::vector<Tensor>& values) {
   const auto position = [&](int64_t row) { return in.position_T[row].item<int64_t>(); };
   std::vector<Tensor> scores, seen;
   for (int64_t s = 0; s < in.rows(); ++s) {
-    if (in.sequence_T[s].item<int64_t>() != in.sequence_T[t].item<int64_t>() || (at.causal && position(s) > position(t))) continue;
+    if (in.sequence_T[s].item<int64_t>() != in.sequence_T[t].item<int64_t>() || (at.causal && position(s) > position(t)))
+      continue;
     const Tensor k_A = w_k.mv(in.x_TD[s]);
     const Tensor q = at.rotary ? head_turned(q_A, position(t)) : q_A, k = at.rotary ? head_turned(k_A, position(s)) : k_A;
     scores.push_back(q.dot(k) / std::sqrt(static_cast<double>(q.size(0))));
@@ -138,7 +143,8 @@ Tensor plain_moh(const HeadCase& at, const RoutedAttention& m, const RouteInput&
   return at::stack(rows);
 }
 
-Tensor plain_switchhead(const HeadCase& at, const RoutedAttention& m, const RouteInput& in, const std::vector<LayerOutput>& outs) {
+Tensor plain_switchhead(const HeadCase& at, const RoutedAttention& m, const RouteInput& in,
+                        const std::vector<LayerOutput>& outs) {
   std::vector<Tensor> rows(static_cast<size_t>(in.rows()), at::zeros({kWidth}, at::kDouble));
   for (int64_t h = 0; h < at.heads; ++h) {
     const Tensor value_TE = gates_of(outs.at(static_cast<size_t>(h)), at.experts);
@@ -147,13 +153,16 @@ Tensor plain_switchhead(const HeadCase& at, const RoutedAttention& m, const Rout
     std::vector<Tensor> values;
     for (int64_t s = 0; s < in.rows(); ++s) {
       Tensor v = at::zeros({kWidth / at.heads}, at::kDouble);
-      for (int64_t e = 0; e < at.experts; ++e) v = v + value_TE[s][e] * head_tensor(m, "value" + number + ".experts.w_v")[e].mv(in.x_TD[s]);
+      for (int64_t e = 0; e < at.experts; ++e)
+        v = v + value_TE[s][e] * head_tensor(m, "value" + number + ".experts.w_v")[e].mv(in.x_TD[s]);
       values.push_back(v);
     }
     for (int64_t t = 0; t < in.rows(); ++t) {
-      const Tensor head = plain_head(at, in, t, head_tensor(m, "shared.w_q")[h].mv(in.x_TD[t]), head_tensor(m, "shared.w_k")[h], values);
+      const Tensor head =
+          plain_head(at, in, t, head_tensor(m, "shared.w_q")[h].mv(in.x_TD[t]), head_tensor(m, "shared.w_k")[h], values);
       for (int64_t e = 0; e < at.experts; ++e)
-        rows[static_cast<size_t>(t)] = rows[static_cast<size_t>(t)] + output_TE[t][e] * head_tensor(m, "output" + number + ".experts.w_o")[e].mv(head);
+        rows[static_cast<size_t>(t)] =
+            rows[static_cast<size_t>(t)] + output_TE[t][e] * head_tensor(m, "output" + number + ".experts.w_o")[e].mv(head);
     }
   }
   return at::stack(rows);
@@ -195,9 +204,11 @@ void check_case(const HeadCase& at) {
 TEST_CASE("attention_head: every style equals one dot product at a time, causal and bidirectional, in values and gradients") {
   for (const bool causal : {true, false}) {
     check_case({.style = "moa", .tables = "[moe.router]\nk = 2", .causal = causal, .heads = 1});
-    check_case({.style = "moa", .tables = "[moe.router]\nname = \"top_p\"\np = 0.7", .causal = causal, .rotary = false, .heads = 2});
+    check_case(
+        {.style = "moa", .tables = "[moe.router]\nname = \"top_p\"\np = 0.7", .causal = causal, .rotary = false, .heads = 2});
     check_case({.style = "moh", .tables = "[moe.router]\nk = 2\nrenormalise = \"before_drop\"", .causal = causal, .heads = 3});
-    check_case({.style = "moh", .tables = "[moe.router]\nname = \"top_p\"\np = 0.7", .causal = causal, .rotary = false, .heads = 2});
+    check_case(
+        {.style = "moh", .tables = "[moe.router]\nname = \"top_p\"\np = 0.7", .causal = causal, .rotary = false, .heads = 2});
     check_case({.style = "switchhead", .tables = "[moe.router]\nname = \"sigmoid_topk\"\nk = 2", .causal = causal, .heads = 3});
   }
 }
@@ -212,7 +223,8 @@ TEST_CASE("attention_head: all heads with unit weights are dense multi-head atte
     {
       const at::NoGradGuard no_grad;
       for (const NamedTensor& entry : attention->parameters())
-        if (entry.name.find("router.weight") != std::string::npos || entry.name == "split.weight" || entry.name == "shared_gate.weight")
+        if (entry.name.find("router.weight") != std::string::npos || entry.name == "split.weight" ||
+            entry.name == "shared_gate.weight")
           entry.tensor.zero_();
     }
     AttentionSpec spec;
@@ -232,7 +244,9 @@ TEST_CASE("attention_head: all heads with unit weights are dense multi-head atte
     in.comm = comm.get();
     const at::NoGradGuard no_grad;
     if (moh) head_tensor(*attention, "shared.w_o").zero_();  // the one shared head is not part of the comparison
-    const auto set = [&](const char* name, const Tensor& weight_HAD) { head_tensor(dense, name).copy_(weight_HAD.reshape({kWidth, kWidth})); };
+    const auto set = [&](const char* name, const Tensor& weight_HAD) {
+      head_tensor(dense, name).copy_(weight_HAD.reshape({kWidth, kWidth}));
+    };
     const auto side = [&](const std::string& which, const char* map) {
       std::vector<Tensor> heads;
       for (int64_t h = 0; h < 3; ++h) heads.push_back(head_tensor(*attention, which + std::to_string(h) + ".experts." + map)[0]);
@@ -252,5 +266,6 @@ TEST_CASE("attention_head: routers without sparse plans and odd heads under rota
   using Catch::Matchers::MessageMatches;
   CHECK_THROWS_MATCHES(attention_of({.tables = "[moe.router]\nname = \"soft_moe\""}), std::exception,
                        MessageMatches(ContainsSubstring("use a router with a sparse plan")));
-  CHECK_THROWS_MATCHES(attention_of({.tables = "[moe.router]\nk = 1", .heads = 2}), std::exception, MessageMatches(ContainsSubstring("odd")));
+  CHECK_THROWS_MATCHES(attention_of({.tables = "[moe.router]\nk = 1", .heads = 2}), std::exception,
+                       MessageMatches(ContainsSubstring("odd")));
 }

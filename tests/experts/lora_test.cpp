@@ -37,7 +37,8 @@ ExpertSpec lora_spec(int64_t width, int64_t experts, const LoraSettings& setting
 std::unique_ptr<ExpertBank> lora_bank(std::mt19937_64& draw, int64_t width, int64_t experts, const LoraSettings& settings) {
   auto bank = make_experts("lora", lora_spec(width, experts, settings));
   const at::NoGradGuard no_grad;
-  for (const NamedTensor& entry : bank->parameters()) entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
+  for (const NamedTensor& entry : bank->parameters())
+    entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
   if (bank->base())
     for (const NamedTensor& entry : bank->base()->parameters())
       entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
@@ -67,7 +68,8 @@ Tensor plain_base(const ExpertBank& bank, const Tensor& x) {
 }
 
 Tensor plain_expert(const ExpertBank& bank, int64_t e, double scale, const Tensor& x) {
-  return plain_swiglu(full_map(bank, "w_gate", e, scale), full_map(bank, "w_up", e, scale), full_map(bank, "w_down", e, scale), x);
+  return plain_swiglu(full_map(bank, "w_gate", e, scale), full_map(bank, "w_up", e, scale), full_map(bank, "w_down", e, scale),
+                      x);
 }
 
 // Row by row, pair by pair: base(x) + Σ gate·(expert(x) - base(x)).
@@ -118,20 +120,29 @@ TEST_CASE("lora: whole feed-forward experts are the base's matrices plus their o
   for (const NamedTensor& entry : bank->base()->parameters()) CHECK_FALSE(entry.tensor.grad().defined());
   check_lora_same(routed, lora_gradients(execute_reference(plan, *bank, input) + bank->base_output(x_TD), leaves));
   const auto difference = [&](int64_t e, const Tensor& x) { return plain_expert(*bank, e, 3.0 / 2, x) - plain_base(*bank, x); };
-  check_lora_same(routed, lora_gradients(plain_layer(at_hand.plan, x_TD, [&](const Tensor& x) { return plain_base(*bank, x); }, difference), leaves));
+  check_lora_same(routed,
+                  lora_gradients(plain_layer(
+                                     at_hand.plan, x_TD, [&](const Tensor& x) { return plain_base(*bank, x); }, difference),
+                                 leaves));
 }
 
 TEST_CASE("lora: a linear map gets the base once and each chosen product, rank-stabilised or not") {
   std::mt19937_64 draw(6);
-  for (const auto& [scaling, scale] : std::vector<std::pair<std::string, double>>{{"plain", 5.0 / 4}, {"rank_stabilised", 5.0 / 2}}) {
-    const auto bank = lora_bank(draw, 6, 3, {{"targets", std::string("linear")}, {"width", int64_t{4}}, {"rank", int64_t{4}}, {"alpha", 5.0},
-                                             {"scaling", scaling}});
+  for (const auto& [scaling, scale] :
+       std::vector<std::pair<std::string, double>>{{"plain", 5.0 / 4}, {"rank_stabilised", 5.0 / 2}}) {
+    const auto bank = lora_bank(
+        draw, 6, 3,
+        {{"targets", std::string("linear")}, {"width", int64_t{4}}, {"rank", int64_t{4}}, {"alpha", 5.0}, {"scaling", scaling}});
     const SparseCase at_hand = random_sparse_case(draw, 8, 3, 2, 0.2, at::kDouble);
     const Tensor x_TD = random_leaf(draw, {8, 6}, at::kDouble), weight_OD = lora_tensor(*bank->base(), "weight");
     const std::vector<Tensor> leaves = lora_leaves(*bank, {x_TD, at_hand.gate_TK});
-    const auto product = [&](int64_t e, const Tensor& x) { return scale * lora_tensor(*bank, "b")[e].mv(lora_tensor(*bank, "a")[e].mv(x)); };
+    const auto product = [&](int64_t e, const Tensor& x) {
+      return scale * lora_tensor(*bank, "b")[e].mv(lora_tensor(*bank, "a")[e].mv(x));
+    };
     check_lora_same(lora_gradients(bank->run(at_hand.plan, {.x_TD = x_TD}), leaves),
-               lora_gradients(plain_layer(at_hand.plan, x_TD, [&](const Tensor& x) { return weight_OD.mv(x); }, product), leaves));
+                    lora_gradients(plain_layer(
+                                       at_hand.plan, x_TD, [&](const Tensor& x) { return weight_OD.mv(x); }, product),
+                                   leaves));
   }
 }
 
@@ -156,13 +167,15 @@ TEST_CASE("lora: merge plans mix the factors apart, or their products") {
   std::mt19937_64 draw(8);
   const Tensor alpha_GE = random_leaf(draw, {2, 3}, at::kDouble).softmax(1), group_T = at::tensor({1, 0, 1, 1, 0}, at::kLong);
   for (const std::string merge : {"factors", "products"}) {
-    const auto bank = lora_bank(draw, 4, 3, {{"targets", std::string("linear")}, {"rank", int64_t{2}}, {"alpha", 2.0}, {"merge", merge}});
+    const auto bank =
+        lora_bank(draw, 4, 3, {{"targets", std::string("linear")}, {"rank", int64_t{2}}, {"alpha", 2.0}, {"merge", merge}});
     const Tensor x_TD = random_leaf(draw, {5, 4}, at::kDouble);
     const Tensor a_ERI = lora_tensor(*bank, "a"), b_EOR = lora_tensor(*bank, "b");
     std::vector<Tensor> rows;
     for (int64_t t = 0; t < 5; ++t) {
       const Tensor alpha_E = alpha_GE[group_T[t].item<int64_t>()];
-      Tensor a_RI = at::zeros({2, 4}, at::kDouble), b_OR = at::zeros({4, 2}, at::kDouble), product_OI = at::zeros({4, 4}, at::kDouble);
+      Tensor a_RI = at::zeros({2, 4}, at::kDouble), b_OR = at::zeros({4, 2}, at::kDouble),
+             product_OI = at::zeros({4, 4}, at::kDouble);
       for (int64_t e = 0; e < 3; ++e) {
         a_RI = a_RI + alpha_E[e] * a_ERI[e];
         b_OR = b_OR + alpha_E[e] * b_EOR[e];
@@ -188,10 +201,12 @@ TEST_CASE("lora: soft plans and merge plans agree with the reference executor, w
   soft.scale = at::ones({1}, at::kDouble);
   soft.sequence_T = at::tensor({0, 1, 0, 0, 1, 1}, at::kLong);
   soft.sequences = 2;
-  const MergePlan merge{.alpha_GE = random_leaf(draw, {1, 4}, at::kDouble).softmax(1), .group_of_token_T = at::zeros({6}, at::kLong)};
+  const MergePlan merge{.alpha_GE = random_leaf(draw, {1, 4}, at::kDouble).softmax(1),
+                        .group_of_token_T = at::zeros({6}, at::kLong)};
   const std::vector<Tensor> leaves = lora_leaves(*bank, {x_TD});
   for (const Plan& plan : {Plan(soft), Plan(merge)})
-    check_lora_same(lora_gradients(execute(plan, *bank, {.x_TD = x_TD}), leaves), lora_gradients(execute_reference(plan, *bank, {.x_TD = x_TD}), leaves));
+    check_lora_same(lora_gradients(execute(plan, *bank, {.x_TD = x_TD}), leaves),
+                    lora_gradients(execute_reference(plan, *bank, {.x_TD = x_TD}), leaves));
 }
 
 TEST_CASE("lora: one expert folds into the dense weights") {
@@ -218,8 +233,10 @@ TEST_CASE("lora: dropout is drawn per row, scaled to keep the mean, and off in e
     lora_tensor(*bank, "b").fill_(1.0 / 8);
   }
   const int64_t rows = 500;
-  const SparsePlan plan = make_sparse_plan({.choice_TK = at::arange(rows).remainder(2).unsqueeze(1), .kept_TK = at::ones({rows, 1}, at::kBool),
-                                            .dropped_TK = at::zeros({rows, 1}, at::kBool)}, at::ones({rows, 1}, at::kDouble), 2);
+  const SparsePlan plan = make_sparse_plan({.choice_TK = at::arange(rows).remainder(2).unsqueeze(1),
+                                            .kept_TK = at::ones({rows, 1}, at::kBool),
+                                            .dropped_TK = at::zeros({rows, 1}, at::kBool)},
+                                           at::ones({rows, 1}, at::kDouble), 2);
   ExecuteInput input{.x_TD = at::ones({rows, 64}, at::kDouble)};
   input.draws = {random_key(3, "test"), at::zeros({rows}, at::kLong), at::arange(rows)};
   const auto sums = [&] { return bank->run(plan, input).sub(bank->base_output(input.x_TD)).select(1, 0).detach(); };
@@ -239,5 +256,6 @@ TEST_CASE("lora: what cannot be done is refused in one line") {
   const auto bank = lora_bank(draw, 4, 2, {{"targets", std::string("linear")}, {"dropout", 0.5}});
   const SparseCase at_hand = random_sparse_case(draw, 5, 2, 1, 0, at::kDouble);
   const Tensor x_TD = random_leaf(draw, {5, 4}, at::kDouble);
-  CHECK_THROWS_MATCHES(execute_reference(at_hand.plan, *bank, {.x_TD = x_TD}), Error, MessageMatches(ContainsSubstring("dropout")));
+  CHECK_THROWS_MATCHES(execute_reference(at_hand.plan, *bank, {.x_TD = x_TD}), Error,
+                       MessageMatches(ContainsSubstring("dropout")));
 }

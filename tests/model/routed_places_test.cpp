@@ -10,15 +10,17 @@ using namespace moelab::test;
 
 namespace {
 
-const std::string kPlacesModel = "[model]\nlayers = 2\nwidth = 8\nheads = 2\ncontext = 10\nmoe_layers = \"none\"\ndense_width = 12\n"
-                                 "dtype = \"float64\"\n";
+const std::string kPlacesModel =
+    "[model]\nlayers = 2\nwidth = 8\nheads = 2\ncontext = 10\nmoe_layers = \"none\"\ndense_width = 12\n"
+    "dtype = \"float64\"\n";
 
 std::string with_adapters(const std::string& expert, const std::string& more = "") {
   return kPlacesModel + "[adapters]\nexperts = 3\n[adapters.router]\nk = 2\n[adapters.expert]\nrank = 2\n" + expert + "\n" + more;
 }
 
 std::string with_heads(const std::string& style, const std::string& router = "k = 2\nrenormalise = \"before_drop\"") {
-  return kPlacesModel + "[attention]\nexperts = 3\n[attention.router]\n" + router + "\n[attention.expert]\nstyle = \"" + style + "\"\n";
+  return kPlacesModel + "[attention]\nexperts = 3\n[attention.router]\n" + router + "\n[attention.expert]\nstyle = \"" + style +
+         "\"\n";
 }
 
 std::vector<std::string> all_places() {
@@ -47,9 +49,12 @@ std::vector<std::string> site_paths(const Model& model) {
 }  // namespace
 
 TEST_CASE("sites of a block are named in the order of the forward pass, and a layer may override their tables") {
-  CHECK(site_paths(*model_of(with_adapters("targets = \"attention.v, dense.w_up\"", "[[layer]]\nwhere = \"last\"\n[layer.adapters]\nexperts = 5\n"))) ==
-        std::vector<std::string>{"layers.0.adapters.v", "layers.0.adapters.w_up", "layers.1.adapters.v", "layers.1.adapters.w_up"});
-  const auto model = model_of(with_adapters("decision = \"layer\"\ntargets = \"attention\"", "[[layer]]\nwhere = \"1\"\n[layer.adapters]\nexperts = 5\n"));
+  CHECK(
+      site_paths(*model_of(with_adapters("targets = \"attention.v, dense.w_up\"",
+                                         "[[layer]]\nwhere = \"last\"\n[layer.adapters]\nexperts = 5\n"))) ==
+      std::vector<std::string>{"layers.0.adapters.v", "layers.0.adapters.w_up", "layers.1.adapters.v", "layers.1.adapters.w_up"});
+  const auto model = model_of(with_adapters("decision = \"layer\"\ntargets = \"attention\"",
+                                            "[[layer]]\nwhere = \"1\"\n[layer.adapters]\nexperts = 5\n"));
   CHECK(site_paths(*model) == std::vector<std::string>{"layers.0.adapters.block", "layers.1.adapters.block"});
   CHECK(parameter_of(*model, "layers.0.adapters.block.experts.q_a").sizes() == at::IntArrayRef{3, 2, 8});
   CHECK(parameter_of(*model, "layers.1.adapters.block.experts.o_b").sizes() == at::IntArrayRef{5, 8, 2});
@@ -175,9 +180,11 @@ TEST_CASE("places that do not fit are refused where they are written") {
     CAPTURE(text, part);
     CHECK(refusal_of(text).find(part) != std::string::npos);
   };
-  expect(with_adapters("targets = \"attention.x\""), "tiny.toml:15:1: 'attention.x' names no linear map of a block; it has attention.q");
+  expect(with_adapters("targets = \"attention.x\""),
+         "tiny.toml:15:1: 'attention.x' names no linear map of a block; it has attention.q");
   expect(with_adapters("targets = \"ffn\"\nwidth = 8"), "'width' is the base's, which is the model's own layer");
-  expect(kPlacesModel + "[adapters.router]\nname = \"smear\"\n[adapters.expert]\ntargets = \"all\"\ndecision = \"layer\"\n", "looks ahead");
+  expect(kPlacesModel + "[adapters.router]\nname = \"smear\"\n[adapters.expert]\ntargets = \"all\"\ndecision = \"layer\"\n",
+         "looks ahead");
   expect(with_adapters("", "[[adapters.expert.group]]\nname = \"ffn\"\n"), "they cannot be mixed with others");
   expect(kPlacesModel + "[attention.router]\nname = \"soft_moe\"\n", "router 'soft_moe' cannot use these experts");
   expect(kPlacesModel + "[attention]\nlayers = \"7\"\n", "there is no block 7");

@@ -33,13 +33,17 @@ Tensor top2_gates(const Tensor& x_TD, const Tensor& weight_ED) {
 
 TEST_CASE("route: low-rank experts on a frozen linear base, values and gradients") {
   at::manual_seed(3);
-  const Tensor x = drawn({6, 4}), grad_y = drawn({6, 3}), router = drawn({3, 4}), base = drawn({3, 4}), a = drawn({3, 2, 4}), b = drawn({3, 3, 2});
+  const Tensor x = drawn({6, 4}), grad_y = drawn({6, 3}), router = drawn({3, 4}), base = drawn({3, 4}), a = drawn({3, 2, 4}),
+               b = drawn({3, 3, 2});
   const RouteRun run = run_experts(
-      "[moe]\nexperts = 3\nlosses = \"none\"\n[moe.router]\nk = 2\n[moe.expert]\nname = \"lora\"\ntargets = \"linear\"\nwidth = 3\nrank = 2\nalpha = 6.0\n",
-      {{"x", x}, {"grad_y", grad_y}, {"router.weight", router}, {"base.weight", base}, {"experts.a", a}, {"experts.b", b}}, "--grad");
+      "[moe]\nexperts = 3\nlosses = \"none\"\n[moe.router]\nk = 2\n[moe.expert]\nname = \"lora\"\ntargets = \"linear\"\nwidth = "
+      "3\nrank = 2\nalpha = 6.0\n",
+      {{"x", x}, {"grad_y", grad_y}, {"router.weight", router}, {"base.weight", base}, {"experts.a", a}, {"experts.b", b}},
+      "--grad");
   CAPTURE(run.err);
   REQUIRE(run.code == 0);
-  const std::vector<Tensor> leaves{x.clone().requires_grad_(), router.clone().requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()};
+  const std::vector<Tensor> leaves{x.clone().requires_grad_(), router.clone().requires_grad_(), a.clone().requires_grad_(),
+                                   b.clone().requires_grad_()};
   const Tensor gates_TE = top2_gates(leaves[0], leaves[1]);
   std::vector<Tensor> rows;
   for (int64_t t = 0; t < 6; ++t) {
@@ -70,13 +74,21 @@ TEST_CASE("route: a feed-forward base comes with or without its expert axis, and
 
 TEST_CASE("route: attention heads stay within interleaved sequences, without padding, causal by position") {
   at::manual_seed(5);
-  const Tensor x = drawn({7, 4}), router = drawn({3, 4}), w_q = drawn({3, 2, 4}), w_o = drawn({3, 4, 2}), w_k = drawn({2, 4}), w_v = drawn({2, 4});
-  const Tensor sequence = at::tensor({5, 9, 5, 9, 5, 5, 9}, at::kLong), padding = at::tensor({0, 0, 0, 0, 0, 1, 0}, at::kByte);
-  const RouteRun run = run_experts(
-      "[attention]\nexperts = 3\nlosses = \"none\"\n[attention.router]\nk = 2\n[attention.expert]\nhead_size = 2\n",
-      {{"x", x}, {"sequence_ids", sequence}, {"padding", padding}, {"grad_y", drawn({7, 4})}, {"router.weight", router}, {"experts.w_q", w_q},
-       {"experts.w_o", w_o}, {"shared.w_k", w_k}, {"shared.w_v", w_v}},
-      "--grad");
+  const Tensor x = drawn({7, 4}), router = drawn({3, 4}), w_q = drawn({3, 2, 4}), w_o = drawn({3, 4, 2}), w_k = drawn({2, 4}),
+               w_v = drawn({2, 4});
+  const Tensor sequence = at::tensor({5, 9, 5, 9, 5, 5, 9}, at::kLong), padding = at::arange(7).eq(5);
+  const RouteRun run =
+      run_experts("[attention]\nexperts = 3\nlosses = \"none\"\n[attention.router]\nk = 2\n[attention.expert]\nhead_size = 2\n",
+                  {{"x", x},
+                   {"sequence_ids", sequence},
+                   {"padding", padding},
+                   {"grad_y", drawn({7, 4})},
+                   {"router.weight", router},
+                   {"experts.w_q", w_q},
+                   {"experts.w_o", w_o},
+                   {"shared.w_k", w_k},
+                   {"shared.w_v", w_v}},
+                  "--grad");
   CAPTURE(run.err);
   REQUIRE(run.code == 0);
   const Tensor gates_TE = top2_gates(x, router);
@@ -98,12 +110,14 @@ TEST_CASE("route: attention heads stay within interleaved sequences, without pad
 
 TEST_CASE("route: an attention of several decisions shows each under its name, and its signature lists their tensors") {
   at::manual_seed(6);
-  const std::string toml = "[moe]\nexperts = 2\n[moe.router]\nname = \"sigmoid_topk\"\nk = 1\n[moe.expert]\nname = \"attention_head\"\n"
-                           "style = \"switchhead\"\nheads = 2\nhead_size = 2\n";
+  const std::string toml =
+      "[moe]\nexperts = 2\n[moe.router]\nname = \"sigmoid_topk\"\nk = 1\n[moe.expert]\nname = \"attention_head\"\n"
+      "style = \"switchhead\"\nheads = 2\nhead_size = 2\n";
   const RouteRun run = run_experts(toml, {{"x", drawn({4, 4})}}, "");
   CAPTURE(run.err);
   REQUIRE(run.code == 0);
-  for (const char* name : {"value0.token", "value1.gate", "output1.expert", "output0.probe.logits", "value1.router.weight"}) CHECK(run.tensors.contains(name));
+  for (const char* name : {"value0.token", "value1.gate", "output1.expert", "output0.probe.logits", "value1.router.weight"})
+    CHECK(run.tensors.contains(name));
   const RouteFolder folder;
   folder.write("exp.toml", toml);
   const RouteRun signature = folder.run_bare(folder.file("exp.toml") + " --signature");
