@@ -1,5 +1,6 @@
 // Eight numbers at a time, for the loops of the assignment solvers over the scores of one row. Plain compiler vectors: without
-// AVX2 each becomes two of four. By reference throughout, for a vector by value would tie the calling convention to the processor.
+// AVX2 each becomes two of four. By reference throughout, for a vector by value would tie the calling convention to the
+// processor.
 #pragma once
 
 #include <cstdint>

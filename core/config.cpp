@@ -22,7 +22,9 @@ void check_known_key(const Table::Node& table, const std::string& key, const std
   if (std::find(known.begin(), known.end(), key) != known.end()) return;
   const ConfigNode& node = *table.tree->map()->at(key);
   if (node.superseded) {
-    if (!node.ignored) spdlog::info("{}: '{}' was an option of another plugin than [{}] now names; it is dropped", node.place.text(), key, table.path);
+    if (!node.ignored)
+      spdlog::info("{}: '{}' was an option of another plugin than [{}] now names; it is dropped", node.place.text(), key,
+                   table.path);
     node.ignored = true;
     return;
   }

@@ -17,7 +17,7 @@ struct RoutingRecord {
   std::vector<int64_t> active_E;    // rows that could have chosen each expert: 0 = it was not there at any time
   std::vector<int64_t> chosen_E;    // pairs per expert before the capacity, without refused ones; empty: no sparse plan
   std::vector<int64_t> accepted_E;  // after it
-  std::vector<double> weight_E;     // Σ over rows of each expert's share in the output, where a plan mixes all; empty: a sparse plan
+  std::vector<double> weight_E;  // Σ over rows of each expert's share in the output, where a plan mixes all; empty: a sparse plan
   int64_t rows = 0;
   int64_t left_behind = 0;          // rows without any accepted expert
   int64_t dropped = 0;              // pairs that did not fit
@@ -37,8 +37,9 @@ RoutingRecord record_of(const RouteInput& in, const RouteOutput& out, int64_t ex
 
 // Ratios of a record over the experts that were active at some time (E is their number): load_cv2, max_violation,
 // max_over_mean, min_over_mean, load_entropy (normalised), effective_experts, inverse_simpson, dead (count), dead_share, dropped
-// (share of pairs), dropped_first and dropped_later (share of first and of later choices), left_behind (share of rows), capacity_used, weight_max_over_mean, weight_effective_experts, router_entropy (normalised). What
-// cannot be formed (no rows, no capacity, no mixture) is NaN.
+// (share of pairs), dropped_first and dropped_later (share of first and of later choices), left_behind (share of rows),
+// capacity_used, weight_max_over_mean, weight_effective_experts, router_entropy (normalised). What cannot be formed (no rows, no
+// capacity, no mixture) is NaN.
 std::map<std::string, double> metrics_of(const RoutingRecord& record);
 
 struct MetricDoc {

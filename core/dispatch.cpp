@@ -16,7 +16,8 @@
 #include <algorithm>
 #include <vector>
 
-#define MOELAB_FLOATING(tensor, name, ...) AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, (tensor).scalar_type(), name, __VA_ARGS__)
+#define MOELAB_FLOATING(tensor, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, (tensor).scalar_type(), name, __VA_ARGS__)
 
 namespace moelab {
 namespace {

@@ -22,7 +22,8 @@ ExpertContext context_of(const ExecuteInput& input) {
 }
 
 void check_sizes(const SparsePlan& plan, const ExpertBank& bank) {
-  check_invariant(plan.experts == bank.experts(), "the plan and the bank '" + bank.name() + "' differ in their number of experts");
+  check_invariant(plan.experts == bank.experts(),
+                  "the plan and the bank '" + bank.name() + "' differ in their number of experts");
 }
 
 Tensor execute_sparse(const SparsePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {

@@ -191,7 +191,8 @@ Tensor autocast_operand(const Tensor& tensor) {
 
 Tensor grouped_linear(const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& bias_EO, const Tensor& offsets_E1) {
   check_invariant(offsets_E1.numel() == weight_EOD.size(0) + 1, "grouped_linear: one offset per expert and one more expected");
-  check_invariant(offsets_E1.const_data_ptr<int64_t>()[weight_EOD.size(0)] == x_ND.size(0), "grouped_linear: the offsets do not end at the last row");
+  check_invariant(offsets_E1.const_data_ptr<int64_t>()[weight_EOD.size(0)] == x_ND.size(0),
+                  "grouped_linear: the offsets do not end at the last row");
   const Tensor x = autocast_operand(x_ND).contiguous(), weight = autocast_operand(weight_EOD);
   if (!bias_EO.defined()) return GroupedLinear::apply(x, weight, offsets_E1, std::nullopt);
   return GroupedLinear::apply(x, weight, offsets_E1, autocast_operand(bias_EO));

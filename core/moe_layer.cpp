@@ -16,9 +16,10 @@ OptionSpecs moe_options() {
   return {
       option("experts", 8, "routed experts").at_least(1),
       option("max_experts", 0, "room to grow; 0 = experts").at_least(0),
-      option("losses", "paper", "the paper's losses with its coefficients, or none; any [[loss]] silences both").one_of({"paper", "none"}),
-      option("execution", "auto",
-             "how plans are carried out: auto takes what was measured to be fastest").one_of(execution_words()),
+      option("losses", "paper", "the paper's losses with its coefficients, or none; any [[loss]] silences both")
+          .one_of({"paper", "none"}),
+      option("execution", "auto", "how plans are carried out: auto takes what was measured to be fastest")
+          .one_of(execution_words()),
       option("recompute", false, "make the experts' pre-activations again in the backward pass instead of keeping them"),
   };
 }
@@ -42,8 +43,9 @@ void refuse_unread_keys(const Table& table, const Options& own, const Options& m
   if (!paper && (merged.was_set("mode") || facts.capacity_is_choice)) return;
   for (const OptionSpec& key : capacity_options())
     if (key.name != "mode" && own.was_set(key.name))
-      table.fail(key.name, paper ? fmt::format("'{}' is not read with mode = \"paper\", which is the router's own policy", key.name)
-                                 : fmt::format("'{}' is not read without a `mode`; write mode = \"factor\" or another", key.name));
+      table.fail(key.name, paper
+                               ? fmt::format("'{}' is not read with mode = \"paper\", which is the router's own policy", key.name)
+                               : fmt::format("'{}' is not read without a `mode`; write mode = \"factor\" or another", key.name));
 }
 
 // A method with a fixed number of choices has no option `k`; who writes that number all the same is right.
@@ -53,7 +55,8 @@ bool names_fixed_k(const Table& router, const RouterEntry& entry) {
   if (own || entry.facts.fixed_k == 0 || !router.has("k")) return false;
   const int64_t k = router.options({option("k", 0, "experts per row")}, router.keys()).integer("k");
   if (k != entry.facts.fixed_k)
-    router.fail("k", fmt::format("k = {}, but router '{}' chooses {} of each row's experts always", k, entry.name, entry.facts.fixed_k));
+    router.fail(
+        "k", fmt::format("k = {}, but router '{}' chooses {} of each row's experts always", k, entry.name, entry.facts.fixed_k));
   return true;
 }
 
@@ -114,9 +117,11 @@ LossTerm read_loss(const Table& table, const RouterEntry& router, const RouterFa
   if (name.empty()) table.fail("name", "a [[loss]] needs a name");
   const LossEntry& entry = find_plugin<LossEntry>(table, name);
   const std::string refusal = entry.refuses ? entry.refuses(facts) : "";
-  if (!refusal.empty()) table.fail("name", fmt::format("loss '{}' cannot be used with router '{}': {}", name, router.name, refusal));
+  if (!refusal.empty())
+    table.fail("name", fmt::format("loss '{}' cannot be used with router '{}': {}", name, router.name, refusal));
   const Options options = table.options(loss_options(entry, router));
-  const LossTerm term{entry.make(options, router), options.text("label"), options.real("coefficient"), scope_of_loss(options.text("scope"))};
+  const LossTerm term{entry.make(options, router), options.text("label"), options.real("coefficient"),
+                      scope_of_loss(options.text("scope"))};
   if (term.loss->pooled_over_layers() && term.scope != LossScope::kStep)
     table.fail("scope", "layers = \"pooled\" forms one value over the whole step: scope must be \"step\"");
   return term;

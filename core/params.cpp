@@ -121,7 +121,9 @@ std::map<std::string, OptionValue> stages_within(const OptionSpecs& specs, int64
 }
 
 OptionSpec option(const std::string& name, bool default_value, const std::string& doc) { return {name, default_value, doc}; }
-OptionSpec option(const std::string& name, int default_value, const std::string& doc) { return {name, int64_t{default_value}, doc}; }
+OptionSpec option(const std::string& name, int default_value, const std::string& doc) {
+  return {name, int64_t{default_value}, doc};
+}
 OptionSpec option(const std::string& name, double default_value, const std::string& doc) { return {name, default_value, doc}; }
 OptionSpec option(const std::string& name, const char* default_value, const std::string& doc) {
   return {name, std::string(default_value), doc};

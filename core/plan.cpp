@@ -109,7 +109,8 @@ void validate_sparse(const SparsePlan& plan, int64_t rows, int64_t experts) {
   int64_t placed = 0;
   for (int64_t i = 0; i < slot.numel(); ++i) {
     if (slots[i] < 0) continue;
-    require(slots[i] < pairs && token[slots[i]] == i / slot.size(1), fmt::format("slot of row {} holds another row", i / slot.size(1)));
+    require(slots[i] < pairs && token[slots[i]] == i / slot.size(1),
+            fmt::format("slot of row {} holds another row", i / slot.size(1)));
     require(!taken[slots[i]], fmt::format("two choices of row {} share a slot", i / slot.size(1)));
     taken[slots[i]] = true;
     ++placed;

@@ -17,6 +17,7 @@
   "moelab " version ";LibTorch " TORCH_VERSION ";compiler " __VERSION__ ";C++ " \
   MOELAB_TEXT_OF(__cplusplus)
 
-#define MOELAB_PLUGIN                                                      \
-  extern "C" const char moelab_plugin_line[];                              \
-  extern "C" __attribute__((visibility("default"), used)) const char moelab_plugin_line[] = MOELAB_PLUGIN_MARK MOELAB_PLUGIN_FIELDS(MOELAB_VERSION) "}";
+#define MOELAB_PLUGIN                                     \
+  extern "C" const char moelab_plugin_line[];             \
+  extern "C" __attribute__((visibility("default"), used)) \
+  const char moelab_plugin_line[] = MOELAB_PLUGIN_MARK MOELAB_PLUGIN_FIELDS(MOELAB_VERSION) "}";

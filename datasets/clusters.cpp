@@ -1,15 +1,16 @@
-// Vectors from Gaussian clusters, each with a classification rule of its own: what experts are for, with the right partition known.
+// Vectors from Gaussian clusters, each with a classification rule of its own: what experts are for, with the right partition
+// known.
 //
-//   x = c_k + ξ,  ξ ~ N(0, I) of F features;  c_k a random direction times `separation`;  k drawn with probability ∝ (k + 1)^-prior_zipf
-//   class = argmax_j ⟨w_kj, ξ⟩,  w_kj random directions;  k is the vector's domain label
+//   x = c_k + ξ,  ξ ~ N(0, I) of F features;  c_k a random direction times `separation`;  k drawn with probability ∝ (k +
+//   1)^-prior_zipf class = argmax_j ⟨w_kj, ξ⟩,  w_kj random directions;  k is the vector's domain label
 //
 // One linear map fits no cluster but its own, and a model that finds the clusters needs a linear map in each.
 //
-// Known entropy (bits per vector): the mean over the validation split of -log2 p(class | x) of the best predictor, who knows all c
-// and w but not k: p(class | x) = Σ_k p(k | x) [rule k says class], p(k | x) ∝ prior_k exp(-|x - c_k|² / 2).
+// Known entropy (bits per vector): the mean over the validation split of -log2 p(class | x) of the best predictor, who knows all
+// c and w but not k: p(class | x) = Σ_k p(k | x) [rule k says class], p(k | x) ∝ prior_k exp(-|x - c_k|² / 2).
 //
-// Centres and rules depend on `source_seed` alone; training vectors on (seed, step, index); validation vectors on `source_seed` and
-// their number, under another key.
+// Centres and rules depend on `source_seed` alone; training vectors on (seed, step, index); validation vectors on `source_seed`
+// and their number, under another key.
 #include "core/dataset.h"
 #include "core/error.h"
 #include "datasets/dirichlet.h"
@@ -160,11 +161,14 @@ const Registration<DatasetEntry> clusters_registration{{
     .options = {option("clusters", 8, "number of clusters").between(1, 4096),
                 option("features", 16, "length of a vector").between(1, 4096),
                 option("classes", 4, "labels to predict").between(2, 4096),
-                option("separation", 4.0, "distance of each centre from the origin, in standard deviations of a feature").between(0, 100),
+                option("separation", 4.0, "distance of each centre from the origin, in standard deviations of a feature")
+                    .between(0, 100),
                 option("prior_zipf", 0.0, "cluster k has probability in proportion to (k + 1)^-prior_zipf").between(0, 10),
                 option("source_seed", 0, "draws centres, rules and the validation vectors"),
                 option("validation_vectors", 1024, "number of validation vectors").between(1, 1e6)},
-    .make = [](const DatasetSpec& spec) -> std::shared_ptr<const Dataset> { return std::make_shared<ClustersDataset>(spec.options); },
+    .make = [](const DatasetSpec& spec) -> std::shared_ptr<const Dataset> {
+      return std::make_shared<ClustersDataset>(spec.options);
+    },
 }};
 
 }  // namespace

@@ -83,7 +83,8 @@ void require_images(const char* split, const LabelledImages& images, int64_t cla
 std::shared_ptr<const Dataset> make_image_dataset(LabelledImages train, LabelledImages validation, int64_t classes) {
   require_images("training", train, classes);
   require_images("validation", validation, classes);
-  if (train.pixels.sizes().slice(1) != validation.pixels.sizes().slice(1)) data_error("the two splits hold images of different sizes");
+  if (train.pixels.sizes().slice(1) != validation.pixels.sizes().slice(1))
+    data_error("the two splits hold images of different sizes");
   return std::make_shared<ImageDataset>(std::move(train), std::move(validation), classes);
 }
 

@@ -79,7 +79,8 @@ Json entry_json(const Entry& entry) {
   Json options = Json::array();
   if constexpr (requires { entry.citation; }) citation = entry.citation;
   if constexpr (requires { entry.options; }) options = options_json(entry.options);
-  return {{"name", entry.name}, {"title", entry.title}, {"citation", citation}, {"facts", facts_json(entry)}, {"options", options}};
+  return {
+      {"name", entry.name}, {"title", entry.title}, {"citation", citation}, {"facts", facts_json(entry)}, {"options", options}};
 }
 
 template <class Entry>
@@ -94,7 +95,11 @@ Json list_of_metrics() {
   std::sort(docs.begin(), docs.end(), [](const MetricDoc& a, const MetricDoc& b) { return a.name < b.name; });
   Json entries = Json::array();
   for (const MetricDoc& doc : docs)
-    entries.push_back({{"name", doc.name}, {"title", doc.doc}, {"citation", ""}, {"facts", {{"range", doc.range}}}, {"options", Json::array()}});
+    entries.push_back({{"name", doc.name},
+                       {"title", doc.doc},
+                       {"citation", ""},
+                       {"facts", {{"range", doc.range}}},
+                       {"options", Json::array()}});
   return entries;
 }
 
@@ -151,7 +156,8 @@ Json describe(const Kind& kind, const std::string& name) {
   }
   const std::vector<std::string> names = names_of(entries);
   const std::string hint = did_you_mean(name, names);
-  usage_error(fmt::format("'{}' is none of the {}{} there are {}", name, kind.name, hint.empty() ? ";" : hint, fmt::join(names, ", ")));
+  usage_error(
+      fmt::format("'{}' is none of the {}{} there are {}", name, kind.name, hint.empty() ? ";" : hint, fmt::join(names, ", ")));
 }
 
 Json options_json(const OptionSpecs& specs) {

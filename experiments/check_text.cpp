@@ -38,7 +38,8 @@ std::string tokens_text(const Json& data) {
 
 std::string data_text(const Json& data) {
   const DataKind kind = kind_of(data);
-  std::string text = fmt::format("{}: {}", data.at("name").get<std::string>(), kind == DataKind::kTokens ? tokens_text(data) : samples_text(data));
+  std::string text = fmt::format("{}: {}", data.at("name").get<std::string>(),
+                                 kind == DataKind::kTokens ? tokens_text(data) : samples_text(data));
   if (data.at("train_bytes") != 0)
     text += fmt::format("; {} and {} bytes", data.at("train_bytes").dump(), data.at("validation_bytes").dump());
   if (!data.at("entropy_bits").is_null())
@@ -47,10 +48,13 @@ std::string data_text(const Json& data) {
 }
 
 std::string training_text(const Json& t, DataKind kind) {
-  const std::string rows = kind == DataKind::kVectors ? "" : fmt::format(" of {} {}", t.at("context").dump(), kind == DataKind::kImages ? "rows" : "tokens");
+  const std::string rows = kind == DataKind::kVectors
+                               ? ""
+                               : fmt::format(" of {} {}", t.at("context").dump(), kind == DataKind::kImages ? "rows" : "tokens");
   const std::string all = kind == DataKind::kTokens ? "tokens" : to_string(kind);
   return fmt::format("{} steps of {} {}s{} in {} micro-batches, {} {} in all, {}", t.at("steps").dump(), t.at("batch").dump(),
-                     sample_word(kind), rows, t.at("micro_batches").dump(), t.at("tokens").dump(), all, t.at("precision").get<std::string>());
+                     sample_word(kind), rows, t.at("micro_batches").dump(), t.at("tokens").dump(), all,
+                     t.at("precision").get<std::string>());
 }
 
 std::string capacity_text(const Json& mode, DataKind kind) {
@@ -79,7 +83,8 @@ std::string layer_text(const Json& layer, const Json& model, DataKind kind) {
   std::string text = fmt::format("\n{}: {}, {} {} experts{}, k = {}\n", layer.at("site").get<std::string>(),
                                  layer.at("router").get<std::string>(), layer.at("experts").dump(),
                                  layer.at("expert").get<std::string>(), room, k.is_null() ? "varies" : k.dump());
-  TextRows rows{{"training", mode_text(layer.at("train"), model, kind)}, {"evaluation", mode_text(layer.at("eval"), model, kind)}};
+  TextRows rows{{"training", mode_text(layer.at("train"), model, kind)},
+                {"evaluation", mode_text(layer.at("eval"), model, kind)}};
   for (const Json& loss : layer.at("losses")) rows.push_back({"loss", loss_text(loss)});
   if (layer.at("losses").empty()) rows.push_back({"loss", "none"});
   return text + aligned_text(rows, 2);
@@ -91,22 +96,24 @@ std::string check_text(const Json& report) {
   const Json &parameters = report.at("parameters"), &rate = report.at("learning_rate"), &training = report.at("training");
   const DataKind kind = kind_of(report.at("data"));
   std::string text = fmt::format("{} ({})\n", report.at("name").get<std::string>(), report.at("config_id").get<std::string>());
-  text += aligned_text({{"model", report.at("model").at("name")},
-                        {"parameters", fmt::format("{} total, {} active per {}", parameters.at("total").dump(), parameters.at("active").dump(), row_word(kind))},
-                        {"FLOPs", fmt::format("{:.4g} per {}, forward", report.at("flops_per_token").get<double>(), row_word(kind))},
-                        {"memory", memory_text(report.at("memory_bytes"))},
-                        {"data", data_text(report.at("data"))},
-                        {"training", training_text(training, kind)},
-                        {"optimiser", fmt::format("{}; learning rate {} at the first step, peak {}, {} at the last",
-                                                  training.at("optimizer").get<std::string>(), number_text(rate.at("first")),
-                                                  number_text(rate.at("peak")), number_text(rate.at("last")))},
-                        {"unused experts", training.at("unused_experts") == "skip"
-                                               ? "skipped by the optimiser"
-                                               : "get a zero gradient: moments and weight decay go on"}},
-                       2);
+  text += aligned_text(
+      {{"model", report.at("model").at("name")},
+       {"parameters",
+        fmt::format("{} total, {} active per {}", parameters.at("total").dump(), parameters.at("active").dump(), row_word(kind))},
+       {"FLOPs", fmt::format("{:.4g} per {}, forward", report.at("flops_per_token").get<double>(), row_word(kind))},
+       {"memory", memory_text(report.at("memory_bytes"))},
+       {"data", data_text(report.at("data"))},
+       {"training", training_text(training, kind)},
+       {"optimiser", fmt::format("{}; learning rate {} at the first step, peak {}, {} at the last",
+                                 training.at("optimizer").get<std::string>(), number_text(rate.at("first")),
+                                 number_text(rate.at("peak")), number_text(rate.at("last")))},
+       {"unused experts", training.at("unused_experts") == "skip" ? "skipped by the optimiser"
+                                                                  : "get a zero gradient: moments and weight decay go on"}},
+      2);
   for (const Json& layer : report.at("layers")) text += layer_text(layer, report.at("model"), kind);
   if (report.at("layers").empty()) text += "\nno layer routes\n";
-  for (const Json& site : report.at("sees_future")) text += "\nthe training loss sees the future: " + site.get<std::string>() + "\n";
+  for (const Json& site : report.at("sees_future"))
+    text += "\nthe training loss sees the future: " + site.get<std::string>() + "\n";
   return text + "\nnothing is refused\n";
 }
 

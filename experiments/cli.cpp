@@ -16,8 +16,9 @@ namespace moelab {
 namespace {
 
 using AddCommand = void (*)(CLI::App&);
-constexpr AddCommand kCommands[] = {add_run_command,  add_check_command, add_list_command, add_route_command, add_verify_command,
-                                    add_data_command, add_new_command,   add_ckpt_command, add_docs_command,  add_completion_command};
+constexpr AddCommand kCommands[] = {add_run_command,    add_check_command,     add_list_command, add_route_command,
+                                    add_verify_command, add_data_command,      add_new_command,  add_ckpt_command,
+                                    add_docs_command,   add_completion_command};
 
 std::string version_text() {
   return fmt::format("moelab {}\nLibTorch {}\ncompiler {}, C++ {}", MOELAB_VERSION, TORCH_VERSION, __VERSION__, __cplusplus);
@@ -68,7 +69,9 @@ std::string unexpected_word(const ReachedVerb& verb, const std::string& word) {
   const bool is_option = word.starts_with("-");
   const bool is_verb = !is_option && !verb_names(*verb.app).empty();
   const std::string near = did_you_mean(word, is_option ? option_names(*verb.app) : verb_names(*verb.app));
-  const std::string remedy = near.empty() ? fmt::format("; `moelab {}{}--help` shows what there is", verb.path, verb.path.empty() ? "" : " ") : near;
+  const std::string remedy = near.empty() ? fmt::format("; `moelab {}{}--help` shows what there is", verb.path,
+                                                        verb.path.empty() ? "" : " ")
+                                          : near;
   return fmt::format("{}unknown {} '{}'{}", verb.path.empty() ? "" : verb.path + ": ",
                      is_option ? "option" : is_verb ? "command" : "argument", word, remedy);
 }
@@ -128,7 +131,8 @@ int run_program(int argc, char** argv) {
     return say_and_end(error.code(), error.what());
   } catch (const std::exception& error) {
     if (std::ferror(stdout)) return say_and_end(ExitCode::kData, kResultLost);
-    return say_and_end(ExitCode::kBug, fmt::format("a bug of ours, please report it with the command: {}", first_line(error.what())));
+    return say_and_end(ExitCode::kBug,
+                       fmt::format("a bug of ours, please report it with the command: {}", first_line(error.what())));
   }
 }
 

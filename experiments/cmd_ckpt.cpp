@@ -52,7 +52,8 @@ std::string checkpoint_text(const std::string& folder, const CheckpointSummary& 
   std::string text = fmt::format("{}: step {}\n", folder, summary.step);
   TextRows files, tensors;
   for (const CheckpointFile& file : summary.files) {
-    files.push_back({file.name, fmt::format("{} bytes", file.digest.size), file.digest.xxh3, file.damage.empty() ? "ok" : "DAMAGED"});
+    files.push_back(
+        {file.name, fmt::format("{} bytes", file.digest.size), file.digest.xxh3, file.damage.empty() ? "ok" : "DAMAGED"});
     for (const TensorEntry& t : file.tensors) tensors.push_back({t.name, t.dtype, fmt::format("[{}]", fmt::join(t.shape, ", "))});
   }
   return text + aligned_text(files, 2) + "\n" + aligned_text(tensors, 2);

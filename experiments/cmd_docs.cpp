@@ -30,7 +30,8 @@ void renew_docs(const std::string& path, bool check) {
 
 void run_docs(const DocsArguments& arguments) {
   if (!std::filesystem::is_directory(arguments.root + "/routers"))
-    usage_error(fmt::format("'{}' is no source checkout of moelab: it has no routers; go there, or name it with --dir", arguments.root));
+    usage_error(
+        fmt::format("'{}' is no source checkout of moelab: it has no routers; go there, or name it with --dir", arguments.root));
   for (const std::string& path : readme_files(arguments.root)) renew_docs(path, arguments.check);
 }
 

@@ -46,7 +46,8 @@ void write_summary(const RunFolder& folder, const nlohmann::json& summary) {
 // An interrupted run ends with its documented exit code; nothing is wrong, so the message says how to go on.
 void end_interrupted(Outcome outcome, const RunFolder& folder, int64_t step) {
   const ExitCode code = outcome == Outcome::kTerminated ? ExitCode::kTerminated : ExitCode::kInterrupted;
-  throw Error(code, fmt::format("{} after step {}, checkpoint saved; go on with `moelab resume {}`", outcome_word(outcome), step, folder.path()));
+  throw Error(code, fmt::format("{} after step {}, checkpoint saved; go on with `moelab resume {}`", outcome_word(outcome), step,
+                                folder.path()));
 }
 
 // The error itself goes on to the user, also where a full disk takes no word of it.
@@ -102,8 +103,8 @@ void run(const RunArguments& arguments) {
   const Table root = load_config(arguments.path, arguments.overrides);
   prepare_process(read_train_settings(root));
   Experiment experiment = start_experiment(root);
-  const auto folder = RunFolder::create(arguments.out, experiment.name, experiment.config_id, experiment.train.seed, arguments.path,
-                                        resolved_text(root));
+  const auto folder = RunFolder::create(arguments.out, experiment.name, experiment.config_id, experiment.train.seed,
+                                        arguments.path, resolved_text(root));
   train(experiment, *folder, nullptr, arguments);
 }
 
@@ -143,7 +144,8 @@ void eval(const RunArguments& arguments) {
     for (const auto& [name, value] : out.items()) fmt::print("{:<44} {}\n", name, value.dump());
 }
 
-CLI::App* add_verb(CLI::App& app, const char* name, const char* what, RunArguments& arguments, const char* path, const char* example) {
+CLI::App* add_verb(CLI::App& app, const char* name, const char* what, RunArguments& arguments, const char* path,
+                   const char* example) {
   CLI::App* verb = app.add_subcommand(name, what);
   verb->add_option(path, arguments.path, "what to work on")->required();
   verb->add_flag("--json", arguments.json, "print the result as one JSON document");
@@ -156,13 +158,16 @@ CLI::App* add_verb(CLI::App& app, const char* name, const char* what, RunArgumen
 
 void add_run_command(CLI::App& app) {
   const auto arguments = std::make_shared<RunArguments>();
-  CLI::App* run_verb = add_verb(app, "run", "train as an experiment file says", *arguments, "EXP.toml", "moelab run experiments/quickstart.toml --set train.steps=20");
+  CLI::App* run_verb = add_verb(app, "run", "train as an experiment file says", *arguments, "EXP.toml",
+                                "moelab run experiments/quickstart.toml --set train.steps=20");
   run_verb->add_option("--set", arguments->overrides, "override a value: a.b=v")->take_all();
   run_verb->add_option("--out", arguments->out, "the run's folder (default: runs/<name>/<time>-<config id>-s<seed>)");
   run_verb->callback([arguments] { run(*arguments); });
-  add_verb(app, "resume", "go on with a run that was stopped or killed", *arguments, "RUN", "moelab resume runs/quickstart/20260101T000000Z-1a2b3c4d-s0")
+  add_verb(app, "resume", "go on with a run that was stopped or killed", *arguments, "RUN",
+           "moelab resume runs/quickstart/20260101T000000Z-1a2b3c4d-s0")
       ->callback([arguments] { resume(*arguments); });
-  add_verb(app, "eval", "evaluate a run's newest checkpoint", *arguments, "RUN", "moelab eval runs/quickstart/20260101T000000Z-1a2b3c4d-s0 --json")
+  add_verb(app, "eval", "evaluate a run's newest checkpoint", *arguments, "RUN",
+           "moelab eval runs/quickstart/20260101T000000Z-1a2b3c4d-s0 --json")
       ->callback([arguments] { eval(*arguments); });
 }
 

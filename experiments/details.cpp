@@ -43,7 +43,8 @@ Json causality_json(const Router& router) {
   const CapacityPolicy none, &paper = router.entry().paper_capacity;
   Json rows = Json::array();
   for (const Mode mode : {Mode::kTrain, Mode::kEval}) rows.push_back(causality_row(router, "default options", none, mode));
-  if (paper.mode != CapacityPolicy::Mode::kNone) rows.push_back(causality_row(router, "capacity = \"paper\"", paper, Mode::kTrain));
+  if (paper.mode != CapacityPolicy::Mode::kNone)
+    rows.push_back(causality_row(router, "capacity = \"paper\"", paper, Mode::kTrain));
   return rows;
 }
 
@@ -68,7 +69,8 @@ Json paper_loss_json(const PaperLoss& paper, const RouterEntry& router, int64_t 
 
 Json probes_json(const RouterEntry& entry) {
   Json probes = Json::array();
-  for (const ProbeDoc& probe : entry.probes) probes.push_back({{"name", "probe." + probe.name}, {"shape", probe.shape}, {"doc", probe.doc}});
+  for (const ProbeDoc& probe : entry.probes)
+    probes.push_back({{"name", "probe." + probe.name}, {"shape", probe.shape}, {"doc", probe.doc}});
   return probes;
 }
 
@@ -147,7 +149,9 @@ Json loss_details(const std::string& name) {
           {"attaches_to", attachments_json(entry)}};
 }
 
-Json objective_details(const std::string& name) { return {{"equation", Registry<ObjectiveEntry>::instance().find(name).equation}}; }
+Json objective_details(const std::string& name) {
+  return {{"equation", Registry<ObjectiveEntry>::instance().find(name).equation}};
+}
 Json dataset_details(const std::string& name) { return {{"doc", Registry<DatasetEntry>::instance().find(name).doc}}; }
 Json model_details(const std::string& name) { return {{"doc", Registry<ModelEntry>::instance().find(name).doc}}; }
 

@@ -56,9 +56,10 @@ void refuse_data_of_another_kind(const Table& root) {
   const DatasetEntry& data = dataset_entry(root);
   if (model.reads == data.holds) return;
   const Table table = root.child("model").has("name") ? root.child("model") : root.child("data");
-  table.fail("name", fmt::format("model '{}' reads {}, but data set '{}' holds {}; in [model] set name = {}, or in [data] name = {}",
-                                 model.name, to_string(model.reads), data.name, to_string(data.holds),
-                                 names_for(data.holds, &ModelEntry::reads), names_for(model.reads, &DatasetEntry::holds)));
+  table.fail("name",
+             fmt::format("model '{}' reads {}, but data set '{}' holds {}; in [model] set name = {}, or in [data] name = {}",
+                         model.name, to_string(model.reads), data.name, to_string(data.holds),
+                         names_for(data.holds, &ModelEntry::reads), names_for(model.reads, &DatasetEntry::holds)));
 }
 
 // A router may bring a vocabulary of its own, but no model without tokens can give it ids.

@@ -25,14 +25,16 @@ std::string as_code(const std::string& text) { return "`" + text + "`"; }
 TextRows router_rows() {
   TextRows rows{{"router", "method", "paper", "facts"}};
   for (const Json& r : find_kind("routers").list())
-    rows.push_back({as_code(r.at("name")), r.at("title"), r.at("citation"), fmt::format("{}", fmt::join(router_facts_in_words(r.at("facts")), "; "))});
+    rows.push_back({as_code(r.at("name")), r.at("title"), r.at("citation"),
+                    fmt::format("{}", fmt::join(router_facts_in_words(r.at("facts")), "; "))});
   return rows;
 }
 
 TextRows metric_rows() {
   TextRows rows{{"metric", "equation", "range", "meaning"}};
   for (const Json& m : find_kind("metrics").list())
-    rows.push_back({as_code(m.at("name")), metric_details(m.at("name")).at("equation"), m.at("facts").at("range"), m.at("title")});
+    rows.push_back(
+        {as_code(m.at("name")), metric_details(m.at("name")).at("equation"), m.at("facts").at("range"), m.at("title")});
   return rows;
 }
 
@@ -46,13 +48,15 @@ TextRows loss_rows() {
 TextRows model_rows() {
   TextRows rows{{"model", "what", "reads", "causal"}};
   for (const Json& m : find_kind("models").list())
-    rows.push_back({as_code(m.at("name")), m.at("title"), m.at("facts").at("reads"), m.at("facts").at("causal").get<bool>() ? "yes" : "no"});
+    rows.push_back(
+        {as_code(m.at("name")), m.at("title"), m.at("facts").at("reads"), m.at("facts").at("causal").get<bool>() ? "yes" : "no"});
   return rows;
 }
 
 TextRows plain_rows(const std::string& kind) {
   TextRows rows{{"name", "what", "source"}};
-  for (const Json& entry : find_kind(kind).list()) rows.push_back({as_code(entry.at("name")), entry.at("title"), entry.at("citation")});
+  for (const Json& entry : find_kind(kind).list())
+    rows.push_back({as_code(entry.at("name")), entry.at("title"), entry.at("citation")});
   return rows;
 }
 

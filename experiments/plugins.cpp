@@ -22,7 +22,8 @@ std::string plugin_fields(const std::string& path) {
   const size_t start = bytes.find(mark);
   const size_t end = start == std::string::npos ? start : bytes.find('}', start);
   if (end == std::string::npos)
-    usage_error(fmt::format("plugin '{}' does not say how it was built; put MOELAB_PLUGIN of core/plugin.h in one of its files", path));
+    usage_error(
+        fmt::format("plugin '{}' does not say how it was built; put MOELAB_PLUGIN of core/plugin.h in one of its files", path));
   return bytes.substr(start + mark.size(), end - start - mark.size());
 }
 
@@ -52,7 +53,8 @@ void load_plugin(const std::string& path) {
   refuse_foreign_build(path);
   refuse_torn_file(path);
   const std::string whole = std::filesystem::absolute(path).string();  // a bare name would be searched for in the system
-  if (dlopen(whole.c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) usage_error(fmt::format("plugin '{}' cannot be loaded: {}", path, dlerror()));
+  if (dlopen(whole.c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr)
+    usage_error(fmt::format("plugin '{}' cannot be loaded: {}", path, dlerror()));
 }
 
 void load_plugins(const Table& root) {

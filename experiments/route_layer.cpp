@@ -147,7 +147,8 @@ void check_positions(const RouteFile& file, const Tensor& position_T) {
 
 void require_channel(const RouteFile& file, const Router& router, bool needed, const char* name) {
   if (needed && !file.has(name))
-    usage_error(fmt::format("'{}' lacks the tensor '{}' [T], which the router '{}' reads", file.path(), name, router.entry().name));
+    usage_error(
+        fmt::format("'{}' lacks the tensor '{}' [T], which the router '{}' reads", file.path(), name, router.entry().name));
 }
 
 // Side channels of the kept rows; the sequences are numbered and positions filled in.

@@ -38,7 +38,8 @@ const char* dtype_text(const AcceptedTensor& input) {
 // One entry per alternative shape.
 void add_input(json& list, const AcceptedTensor& input) {
   for (const ShapeWords& shape : input.shapes)
-    list.push_back({{"name", input.name}, {"shape", words_json(shape)}, {"dtype", dtype_text(input)}, {"meaning", input.meaning}});
+    list.push_back(
+        {{"name", input.name}, {"shape", words_json(shape)}, {"dtype", dtype_text(input)}, {"meaning", input.meaning}});
 }
 
 json state_entry(const Tensor& small, const Tensor& large, const std::string& name, const char* what) {

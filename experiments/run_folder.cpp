@@ -51,7 +51,8 @@ void drop_final_evaluation(const std::string& path) {
 // A lock alone is left where a start failed at once.
 bool holds_files(const std::string& place) {
   if (!fs::exists(place)) return false;
-  return std::any_of(fs::directory_iterator(place), fs::directory_iterator(), [](const auto& entry) { return entry.path().filename() != ".lock"; });
+  return std::any_of(fs::directory_iterator(place), fs::directory_iterator(),
+                     [](const auto& entry) { return entry.path().filename() != ".lock"; });
 }
 
 nlohmann::json environment() {
@@ -64,7 +65,8 @@ nlohmann::json environment() {
 std::unique_ptr<RunFolder> RunFolder::create(const std::string& path, const std::string& name, const std::string& config_id,
                                              int64_t seed, const std::string& config_path, const std::string& resolved) {
   const std::string place = !path.empty() ? path : fmt::format("runs/{}/{}-{}-s{}", name, utc_now(), config_id, seed);
-  if (fs::exists(place) && !fs::is_directory(place)) usage_error(fmt::format("{} is a file; choose another folder with --out", place));
+  if (fs::exists(place) && !fs::is_directory(place))
+    usage_error(fmt::format("{} is a file; choose another folder with --out", place));
   if (holds_files(place))
     usage_error(fmt::format("{} holds a run already: use `moelab resume {}`, or choose another folder with --out", place, place));
   make_folders(place);
@@ -127,7 +129,8 @@ Request RecordWriter::on_step(const StepView& view) {
 }
 
 void RecordWriter::on_evaluation(const Evaluation& evaluation, int64_t step, bool final) {
-  metrics_.append({{"step", step}, {"tokens", tokens_}, {"seconds", seconds()}, {"final", final}, {"m", evaluation_metrics(evaluation)}});
+  metrics_.append(
+      {{"step", step}, {"tokens", tokens_}, {"seconds", seconds()}, {"final", final}, {"m", evaluation_metrics(evaluation)}});
 }
 
 void RecordWriter::on_checkpoint(const std::string& folder, int64_t step) {

@@ -45,7 +45,8 @@ const Registration<RouterEntry> registration_@NAME@{{
 }  // namespace moelab
 )cpp";
 
-constexpr const char* kRouterTest = R"cpp(// One case of router '@NAME@' worked by hand. Fill in what the paper's equations give for it.
+constexpr const char* kRouterTest =
+    R"cpp(// One case of router '@NAME@' worked by hand. Fill in what the paper's equations give for it.
 #include "core/router.h"
 
 #include <ATen/core/grad_mode.h>
@@ -94,7 +95,8 @@ TEST_CASE("@NAME@ decides the worked case") {
 }  // namespace moelab
 )cpp";
 
-constexpr const char* kRouterExperiment = R"toml(# Router @NAME@ in a model that trains in seconds: moelab run experiments/routers/@NAME@.toml
+constexpr const char* kRouterExperiment =
+    R"toml(# Router @NAME@ in a model that trains in seconds: moelab run experiments/routers/@NAME@.toml
 extends = "../base/lm_tiny.toml"
 name = "@NAME@"
 

@@ -74,7 +74,8 @@ const Registration<ExpertEntry> registration_@NAME@{{
 }  // namespace moelab
 )cpp";
 
-constexpr const char* kExpertTest = R"cpp(// One case of experts '@NAME@' worked by hand. Fill in what the paper's equations give for it.
+constexpr const char* kExpertTest =
+    R"cpp(// One case of experts '@NAME@' worked by hand. Fill in what the paper's equations give for it.
 #include "core/expert.h"
 
 #include <ATen/core/grad_mode.h>
@@ -113,7 +114,8 @@ TEST_CASE("@NAME@ computes the worked row") {
 }  // namespace moelab
 )cpp";
 
-constexpr const char* kExpertExperiment = R"toml(# Experts @NAME@ in a model that trains in seconds: moelab run experiments/experts/@NAME@.toml
+constexpr const char* kExpertExperiment =
+    R"toml(# Experts @NAME@ in a model that trains in seconds: moelab run experiments/experts/@NAME@.toml
 extends = "../base/lm_tiny.toml"
 name = "@NAME@"
 

@@ -45,8 +45,8 @@ Request StatusLine::on_step(const StepView& view) {
   const double done = static_cast<double>(view.step + 1 - first_step_);
   const double left = since(start_) / done * static_cast<double>(view.total_steps - view.step - 1);
   const std::map<std::string, double> m = view.window.metrics();
-  show(fmt::format("step {}/{} | loss {:.4f} ({:.3f} bits/{}) | {:.0f} {}/s{} | {:.0f} s left", view.step + 1, view.total_steps, m.at("loss"),
-                   m.at("bits_per_token"), target_word(data_), static_cast<double>(window_tokens_) / since(shown_),
+  show(fmt::format("step {}/{} | loss {:.4f} ({:.3f} bits/{}) | {:.0f} {}/s{} | {:.0f} s left", view.step + 1, view.total_steps,
+                   m.at("loss"), m.at("bits_per_token"), target_word(data_), static_cast<double>(window_tokens_) / since(shown_),
                    data_ == DataKind::kTokens ? "tok" : to_string(data_), balance_text(view.window), left));
   shown_ = std::chrono::steady_clock::now();
   window_tokens_ = 0;

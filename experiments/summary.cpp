@@ -63,7 +63,8 @@ void add_losses(nlohmann::json& out, const std::string& prefix, const Site& site
 
 // Of all pairs, or of all weight.
 double share_of_busiest(const RoutingRecord& record) {
-  const std::vector<double> load_E = record.weight_E.empty() ? std::vector<double>(record.chosen_E.begin(), record.chosen_E.end()) : record.weight_E;
+  const std::vector<double> load_E = record.weight_E.empty() ? std::vector<double>(record.chosen_E.begin(), record.chosen_E.end())
+                                                             : record.weight_E;
   const double all = std::accumulate(load_E.begin(), load_E.end(), 0.0);
   return all == 0 ? 0 : *std::max_element(load_E.begin(), load_E.end()) / all;
 }
@@ -104,13 +105,15 @@ std::string layers_text(const Experiment& experiment, const nlohmann::json& s) {
   const std::vector<Site*> sites = experiment.model->sites();
   const std::vector<std::string> labels = site_labels(sites);
   for (size_t i = 0; i < labels.size(); ++i)
-    text += fmt::format("  {:<10} {:<12}{}\n", labels[i], sites[i]->router->entry().name,
-                        s.at(labels[i] + ".weight").is_null() ? sparse_balance_text(s, labels[i]) : mixture_balance_text(s, labels[i]));
+    text += fmt::format(
+        "  {:<10} {:<12}{}\n", labels[i], sites[i]->router->entry().name,
+        s.at(labels[i] + ".weight").is_null() ? sparse_balance_text(s, labels[i]) : mixture_balance_text(s, labels[i]));
   for (size_t i = 0; i < labels.size(); ++i)
     for (const LossTerm& term : sites[i]->losses) {
       const std::string key = labels[i] + ".loss." + term.label;
-      text += fmt::format("  {:<10} loss {:<12} {} (even {}, collapsed {})\n", labels[i], term.label, number_text(s.at(key), "{:.4f}"),
-                          number_text(s.at(key + ".at_balance"), "{:.4f}"), number_text(s.at(key + ".at_collapse"), "{:.4f}"));
+      text += fmt::format("  {:<10} loss {:<12} {} (even {}, collapsed {})\n", labels[i], term.label,
+                          number_text(s.at(key), "{:.4f}"), number_text(s.at(key + ".at_balance"), "{:.4f}"),
+                          number_text(s.at(key + ".at_collapse"), "{:.4f}"));
     }
   return labels.empty() ? "" : text;
 }
@@ -121,7 +124,8 @@ std::string baselines_text(const nlohmann::json& s) {
     const nlohmann::json& bits = s.at(fmt::format("baseline.ngram.context_{}.bits_per_byte", c));
     if (!bits.is_null()) text += fmt::format("  n-gram, {} bytes of context   {:.4f}\n", c, bits.get<double>());
   }
-  if (!s.at("data.entropy_bits").is_null()) text += fmt::format("  the source's own entropy      {:.4f}\n", s.at("data.entropy_bits").get<double>());
+  if (!s.at("data.entropy_bits").is_null())
+    text += fmt::format("  the source's own entropy      {:.4f}\n", s.at("data.entropy_bits").get<double>());
   return text;
 }
 
@@ -140,14 +144,18 @@ std::string model_bits_text(bool text, const nlohmann::json& s) {
   return fmt::format("  this model                    {:.4f}\n", nats.is_null() ? 0.0 : nats.get<double>() / std::numbers::ln2);
 }
 
-std::string prediction_text(bool text, const nlohmann::json& s) { return units_text(text, s) + baselines_text(s) + model_bits_text(text, s); }
+std::string prediction_text(bool text, const nlohmann::json& s) {
+  return units_text(text, s) + baselines_text(s) + model_bits_text(text, s);
+}
 
 std::string classification_text(const DataShape& shape, const nlohmann::json& s) {
-  std::string text = fmt::format("\nvalidation, {} {}, {} classes:\n", s.at("eval.tokens").dump(), to_string(shape.kind), shape.classes);
+  std::string text = fmt::format("\nvalidation, {} {}, {} classes:\n", s.at("eval.tokens").dump(), to_string(shape.kind),
+                                 shape.classes);
   if (!s.at("data.entropy_bits").is_null())
-    text += fmt::format("  knowing the source            loss {:.4f} nats\n", s.at("data.entropy_bits").get<double>() * std::numbers::ln2);
-  return text + fmt::format("  this model                    loss {} nats, accuracy {}\n", number_text(s.at("eval.loss"), "{:.4f}"),
-                            number_text(s.at("eval.accuracy"), "{:.4f}"));
+    text += fmt::format("  knowing the source            loss {:.4f} nats\n",
+                        s.at("data.entropy_bits").get<double>() * std::numbers::ln2);
+  return text + fmt::format("  this model                    loss {} nats, accuracy {}\n",
+                            number_text(s.at("eval.loss"), "{:.4f}"), number_text(s.at("eval.accuracy"), "{:.4f}"));
 }
 
 }  // namespace
@@ -162,12 +170,15 @@ RunVerdict verdict_of(const Evaluation& evaluation) {
     const std::map<std::string, double> m = metrics_of(record);
     const double effective = m.at(mixes ? "weight_effective_experts" : "effective_experts");
     if (experts > 1 && effective < experts / 2)
-      return {"collapsed", fmt::format("{}: {:.2f} effective experts of {:.0f}, below half", evaluation.labels[s], effective, experts)};
+      return {"collapsed",
+              fmt::format("{}: {:.2f} effective experts of {:.0f}, below half", evaluation.labels[s], effective, experts)};
     if (experts >= 4 && share_of_busiest(record) > 0.5)
-      return {"collapsed", fmt::format("{}: one expert takes {:.0f} % of the {}", evaluation.labels[s], 100 * share_of_busiest(record),
-                                       mixes ? "weight" : "pairs")};
+      return {"collapsed", fmt::format("{}: one expert takes {:.0f} % of the {}", evaluation.labels[s],
+                                       100 * share_of_busiest(record), mixes ? "weight" : "pairs")};
     if (verdict.word == "dead experts") continue;
-    if (m.at("dead") > 0) verdict = {"dead experts", fmt::format("{}: {:.0f} experts got no token in the whole evaluation", evaluation.labels[s], m.at("dead"))};
+    if (m.at("dead") > 0)
+      verdict = {"dead experts",
+                 fmt::format("{}: {:.0f} experts got no token in the whole evaluation", evaluation.labels[s], m.at("dead"))};
     else verdict = {"healthy", "every expert of every layer was used, none took more than its bound"};
   }
   return verdict;
@@ -187,10 +198,16 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
   const std::vector<Site*> sites = experiment.model->sites();
   const std::vector<std::string> labels = site_labels(sites);
   const double none = std::numeric_limits<double>::quiet_NaN();
-  nlohmann::json s{{"name", experiment.name}, {"config_id", experiment.config_id}, {"seed", experiment.train.seed},
-                   {"outcome", outcome}, {"error", error.empty() ? nlohmann::json() : nlohmann::json(error)},
-                   {"step", trainer.step()}, {"tokens", trainer.tokens()}, {"seconds", seconds},
-                   {"params.total", experiment.model->parameter_count()}, {"params.active", experiment.model->active_parameters()},
+  nlohmann::json s{{"name", experiment.name},
+                   {"config_id", experiment.config_id},
+                   {"seed", experiment.train.seed},
+                   {"outcome", outcome},
+                   {"error", error.empty() ? nlohmann::json() : nlohmann::json(error)},
+                   {"step", trainer.step()},
+                   {"tokens", trainer.tokens()},
+                   {"seconds", seconds},
+                   {"params.total", experiment.model->parameter_count()},
+                   {"params.active", experiment.model->active_parameters()},
                    {"eval.loss", summary_number(evaluated ? evaluation.loss : none)},
                    {"eval.bits_per_byte", summary_number(evaluated ? evaluation.bits_per_byte : none)},
                    {"eval.accuracy", summary_number(evaluated ? evaluation.accuracy : none)},
@@ -213,15 +230,20 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
   return s;
 }
 
-std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample, const std::string& folder) {
+std::string final_text(const Experiment& experiment, const nlohmann::json& s, const std::string& sample,
+                       const std::string& folder) {
   const DataShape shape = experiment.data->shape();
-  std::string text = shape.kind == DataKind::kTokens ? prediction_text(experiment.data->is_text(), s) : classification_text(shape, s);
+  std::string text = shape.kind == DataKind::kTokens ? prediction_text(experiment.data->is_text(), s)
+                                                     : classification_text(shape, s);
   text += layers_text(experiment, s);
-  if (!sample.empty()) text += fmt::format("\nwhat the model writes ({} bytes):\n---\n{}\n---\n", sample.size(), printable(sample));
-  text += fmt::format("\nparameters {} ({} active per {}); {}s trained {}; {:.0f} s\n", s.at("params.total").dump(), s.at("params.active").dump(),
-                      row_word(shape.kind), target_word(shape.kind), s.at("tokens").dump(), s.at("seconds").get<double>());
+  if (!sample.empty())
+    text += fmt::format("\nwhat the model writes ({} bytes):\n---\n{}\n---\n", sample.size(), printable(sample));
+  text += fmt::format("\nparameters {} ({} active per {}); {}s trained {}; {:.0f} s\n", s.at("params.total").dump(),
+                      s.at("params.active").dump(), row_word(shape.kind), target_word(shape.kind), s.at("tokens").dump(),
+                      s.at("seconds").get<double>());
   text += fmt::format("verdict: {} ({})\n", s.at("verdict").get<std::string>(), s.at("verdict.reason").get<std::string>());
-  return text + fmt::format("everything lies in {}: summary.json, metrics.jsonl, events.jsonl, config.resolved.toml, ckpt/\n", folder);
+  return text +
+         fmt::format("everything lies in {}: summary.json, metrics.jsonl, events.jsonl, config.resolved.toml, ckpt/\n", folder);
 }
 
 std::string sample_text(const Experiment& experiment, int64_t bytes, int64_t step) {

@@ -30,7 +30,8 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
 
 // Bits per byte beside the baselines, or loss and accuracy; a table of the experts' loads, what the model writes, and where
 // everything lies.
-std::string final_text(const Experiment& experiment, const nlohmann::json& summary, const std::string& sample, const std::string& folder);
+std::string final_text(const Experiment& experiment, const nlohmann::json& summary, const std::string& sample,
+                       const std::string& folder);
 
 // The first `bytes` bytes that the model continues the validation split's first tokens with after `step` steps; "" where tokens
 // stand for no text.

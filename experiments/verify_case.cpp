@@ -312,7 +312,8 @@ void must_equal(const RoutingRecord& a, const RoutingRecord& b, const std::strin
   must(a.chosen_E == b.chosen_E, what + ": chosen pairs per expert differ", at);
   must(a.accepted_E == b.accepted_E, what + ": accepted pairs per expert differ", at);
   must(a.rows == b.rows && a.left_behind == b.left_behind, what + ": rows, or rows left behind, differ", at);
-  must(a.first_chosen == b.first_chosen && a.first_dropped == b.first_dropped, what + ": first choices, or their drops, differ", at);
+  must(a.first_chosen == b.first_chosen && a.first_dropped == b.first_dropped, what + ": first choices, or their drops, differ",
+       at);
   must(a.dropped == b.dropped && a.places == b.places, what + ": dropped pairs, or places, differ", at);
   must(a.entropy_rows == b.entropy_rows, what + ": rows with an entropy differ", at);
   must(std::abs(a.entropy_sum - b.entropy_sum) <= 1e-10 * (1 + std::abs(b.entropy_sum)), what + ": entropies differ", at);

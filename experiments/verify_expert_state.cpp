@@ -27,7 +27,8 @@ std::string needs_row_function_for_state(const ExpertSubject& subject) {
 }
 
 std::string needs_own_products(const ExpertSubject& subject) {
-  if (subject.entry.place == ExpertPlace::kLinears) return "its rows also pass a frozen base, which experts share and do not count";
+  if (subject.entry.place == ExpertPlace::kLinears)
+    return "its rows also pass a frozen base, which experts share and do not count";
   return needs_row_function_for_state(subject);
 }
 

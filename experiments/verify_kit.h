@@ -76,8 +76,8 @@ std::vector<Finding> verify_router(const RouterEntry& entry, const VerifySetting
 // What an option may be beside its default, where that is one of few: the other truth, the other words.
 std::vector<OptionValue> other_values(const OptionSpec& spec);
 
-// The defaults, then each other choice of each option alone, then the entry's own settings, then each kind of noise, then room for
-// more experts. What the router refuses as a usage error is left out.
+// The defaults, then each other choice of each option alone, then the entry's own settings, then each kind of noise, then room
+// for more experts. What the router refuses as a usage error is left out.
 std::vector<Variant> variants_of(const RouterEntry& entry);
 
 }  // namespace moelab

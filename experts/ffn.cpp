@@ -100,7 +100,9 @@ class FfnBank : public ExpertBank {
 
   int64_t output_width(int) const override { return width_; }
 
-  double flops_per_row(int64_t) const override { return 2.0 * static_cast<double>(maps_.size()) * static_cast<double>(width_ * hidden_); }
+  double flops_per_row(int64_t) const override {
+    return 2.0 * static_cast<double>(maps_.size()) * static_cast<double>(width_ * hidden_);
+  }
 
   void reset_expert(int64_t expert, RandomKey key) override {
     const at::NoGradGuard no_grad;

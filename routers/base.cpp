@@ -202,23 +202,24 @@ const Registration<RouterEntry> registration_base{{
     .equation = "a = argmax Σ_t s[t, a_t] with T/E rows per expert, s = W x on a grid of at most 2^-28 of the largest spread "
                 "of a row: within T grid steps of the best;  evaluation: a_t = argmax_e s[t,e];  y = σ(s_a) · f_a(x)",
     .facts = {.stateful = true, .batch_independent = false, .fixed_k = 1},
-    .options = {option("solver", "exact",
-                       "exact (on the stated grid, with a certificate); approximate ones: auction (experts bid for rows, at "
-                       "most 100 rounds), sinkhorn (14 passes, then argmax and repair), greedy (expert by expert)")
-                    .one_of({"exact", "auction", "sinkhorn", "greedy"}),
-                option("scope", "local", "one problem per rank and micro-batch, or one over all ranks")
-                    .one_of({"local", "global"}),
-                option("shuffle", false, "scope = local: deal the rows of all ranks out to them at random; on one rank, and in one "
-                                         "problem over all, their random order decides ties"),
-                option("extra_slots", "best",
-                       "who gets the T mod E extra rows: the best total (approximate solvers: the experts most in demand), the "
-                       "lowest indices, or T mod E experts from step mod E on")
-                    .one_of({"best", "lowest", "rotate"}),
-                option("eval", "greedy", "evaluation takes the argmax of s, or of s - prices")
-                    .one_of({"greedy", "greedy_with_prices"}),
-                renormalise_option("none")},
+    .options =
+        {option("solver", "exact",
+                "exact (on the stated grid, with a certificate); approximate ones: auction (experts bid for rows, at "
+                "most 100 rounds), sinkhorn (14 passes, then argmax and repair), greedy (expert by expert)")
+             .one_of({"exact", "auction", "sinkhorn", "greedy"}),
+         option("scope", "local", "one problem per rank and micro-batch, or one over all ranks").one_of({"local", "global"}),
+         option("shuffle", false,
+                "scope = local: deal the rows of all ranks out to them at random; on one rank, and in one "
+                "problem over all, their random order decides ties"),
+         option("extra_slots", "best",
+                "who gets the T mod E extra rows: the best total (approximate solvers: the experts most in demand), the "
+                "lowest indices, or T mod E experts from step mod E on")
+             .one_of({"best", "lowest", "rotate"}),
+         option("eval", "greedy", "evaluation takes the argmax of s, or of s - prices").one_of({"greedy", "greedy_with_prices"}),
+         renormalise_option("none")},
     .noise_shape = "int64 permutation [T], with shuffle: the rows in the order of their places",
-    .probes = {{"logits", "[T,E]", "s"}, {"probs", "[T,E]", "softmax of s; the gates are σ(s)"},
+    .probes = {{"logits", "[T,E]", "s"},
+               {"probs", "[T,E]", "softmax of s; the gates are σ(s)"},
                {"gap", "[1]", "dual bound minus value on the grid, in the scores' units; 0 = proven best; training only"}},
     .differences = {"its solver is an auction that stops early, this one is exact", "T need not be a multiple of E"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<BaseRouter>(spec); },

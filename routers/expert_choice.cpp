@@ -3,7 +3,8 @@
 //
 //   S = softmax_E(W x + noise);  among the n rows of a group each expert takes the C = n·factor/E of largest S, ties to the
 //   lowest row;  gate S_te;  a row gets 0 … E experts.  C is read from [moe.capacity], clamped to 1 … n; nothing is dropped.
-//   score_norm = tokens (Mesh TensorFlow): S = softmax over the group's rows, gate S_te / (experts that took the row); its loss is
+//   score_norm = tokens (Mesh TensorFlow): S = softmax over the group's rows, gate S_te / (experts that took the row); its loss
+//   is
 //     `coverage`
 //   cap_per_token = b: the C of largest A instead, where A maximises Σ S·A + λ H(A) subject to
 //     Σ_t A_te = C, Σ_e A_te ≤ b, 0 ≤ A ≤ 1, by Dykstra's projections in the logarithm; what they leave over the cap is settled
@@ -203,10 +204,15 @@ const Registration<RouterEntry> registration_expert_choice{{
     .title = "Expert choice: experts choose rows",
     .citation = "Zhou et al., 2022, arXiv:2202.09368",
     .equation = "S = softmax(W x);  each expert takes the C rows of a group with its largest S;  gate S",
-    .facts = {.stateful = true, .variable_k = true, .capacity_is_choice = true, .batch_independent = false,
-              .batch_independent_eval = false, .decodes = false},
-    .options = {option("score_norm", "experts", "S is a softmax over experts, or over the group's rows (Mesh TensorFlow's; its loss "
-                                             "is `coverage`)")
+    .facts = {.stateful = true,
+              .variable_k = true,
+              .capacity_is_choice = true,
+              .batch_independent = false,
+              .batch_independent_eval = false,
+              .decodes = false},
+    .options = {option("score_norm", "experts",
+                       "S is a softmax over experts, or over the group's rows (Mesh TensorFlow's; its loss "
+                       "is `coverage`)")
                     .one_of({"experts", "tokens"}),
                 option("cap_per_token", 0, "experts per row, at most; 0 = any number").at_least(0),
                 option("cap_lambda", 1e-3, "weight of the entropy where cap_per_token is set").between(1e-6, 10),

@@ -41,7 +41,8 @@ const Registration<RouterEntry> registration_frozen{{
     .equation = "z = W x, W ~ N(0, 1/D) fixed;  A = top-k of z;  gate_a = softmax(z)_a, or softmax over A alone",
     .facts = {.learned = false},
     .options = {k_option(2),
-                option("softmax", "before", "gates from a softmax over all experts, or over the chosen ones (after the selection)")
+                option("softmax", "before",
+                       "gates from a softmax over all experts, or over the chosen ones (after the selection)")
                     .one_of({"before", "after"}),
                 renormalise_option("none")},
     .probes = {{"logits", "[T,E]", "W x, without noise"}, {"probs", "[T,E]", "softmax of them"}},

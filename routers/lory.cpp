@@ -10,8 +10,8 @@
 // The copies give the same function whatever α is. R must not start at 0: equal experts under uniform weights stay equal.
 //
 // Differences from the paper: the first segment is uniform unless asked for, so that no row sees later ones; the last segment
-// may be shorter; R starts at N(0, 0.02²) (the paper gives no value); `[data] composer = "similarity"` compares documents by their
-// tokens, not by a retriever's embeddings.
+// may be shorter; R starts at N(0, 0.02²) (the paper gives no value); `[data] composer = "similarity"` compares documents by
+// their tokens, not by a retriever's embeddings.
 #include "core/error.h"
 #include "core/linear_router.h"
 #include "core/merging.h"

@@ -45,7 +45,8 @@ NoisyGroups noisy_groups(const RouterSpec& spec) {
     return {1, 1, spec.k(), size};
   }
   const int64_t k = options.was_set("k") ? spec.k() : 2;
-  if (spec.max_experts > spec.experts) usage_error("[moe.router] groups: the hierarchical form has no room to grow (max_experts)");
+  if (spec.max_experts > spec.experts)
+    usage_error("[moe.router] groups: the hierarchical form has no room to grow (max_experts)");
   if (spec.experts % count != 0)
     usage_error(fmt::format("[moe.router] groups = {} does not divide experts = {}", count, spec.experts));
   if (chosen > count) usage_error(fmt::format("[moe.router] k_groups = {} is more than groups = {}", chosen, count));
@@ -78,7 +79,9 @@ class NoisyTopk : public LinearRouter {
     return facts;
   }
 
-  std::string noise_shape(Mode) const override { return groups_.count == 1 ? "normal [T,E]" : "normal [T,G+E], the groups' first"; }
+  std::string noise_shape(Mode) const override {
+    return groups_.count == 1 ? "normal [T,E]" : "normal [T,G+E], the groups' first";
+  }
 
   // The primary gate's rows are groups.
   std::vector<Tensor> per_expert_tensors() const override {
@@ -199,8 +202,9 @@ const Registration<RouterEntry> registration_noisy_topk{{
     .probes = {{"logits", "[T,E]", "W_g x, without noise"},
                {"probs", "[T,E]", "softmax of them; with groups that of the groups times that inside the group"},
                {"importance", "[E]", "sum of the gates over the rows"},
-               {"load", "[E]", "sum over the rows of P(e stays chosen); counts in evaluation and at k = E; with groups the load of "
-                               "the group times that inside it, over the rows that chose it"},
+               {"load", "[E]",
+                "sum over the rows of P(e stays chosen); counts in evaluation and at k = E; with groups the load of "
+                "the group times that inside it, over the rows that chose it"},
                {"group_logits", "[T,G]", "with groups: those of the groups, without noise"}},
     .differences = {"with groups a loss of logits (z) reads those of the groups, and there is no room to grow"},
     .verified_with = {{{"groups", int64_t{2}}, {"k_groups", int64_t{1}}, {"k", int64_t{1}}},

@@ -33,7 +33,8 @@ const Registration<RouterEntry> registration_softmax_topk{{
     .citation = "Jiang et al., 2024, arXiv:2401.04088; Muennighoff et al., 2024, arXiv:2409.02060",
     .equation = "z = W x;  A = top-k of z;  gate_a = softmax(z)_a, or softmax over A alone;  y = Σ_{a∈A} gate_a · f_a(x)",
     .options = {k_option(2),
-                option("softmax", "before", "gates from a softmax over all experts, or over the chosen ones (after the selection)")
+                option("softmax", "before",
+                       "gates from a softmax over all experts, or over the chosen ones (after the selection)")
                     .one_of({"before", "after"}),
                 renormalise_option("none")},
     .paper_losses = {{"balance", 0.01, {{"counts", std::string("any_choice")}}}},

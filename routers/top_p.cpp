@@ -59,10 +59,12 @@ const Registration<RouterEntry> registration_top_p{{
     .name = "top_p",
     .title = "Top-p: as many experts as a row needs",
     .citation = "Huang et al., 2024, arXiv:2403.07652",
-    .equation = "P = softmax(W x);  A = shortest prefix, largest P first, with Σ P > p;  gate_a = P_a;  y = Σ_{a∈A} gate_a · f_a(x)",
+    .equation =
+        "P = softmax(W x);  A = shortest prefix, largest P first, with Σ P > p;  gate_a = P_a;  y = Σ_{a∈A} gate_a · f_a(x)",
     .facts = {.variable_k = true},
-    .options = {option("p", 0.4, "probability that a row's experts have to exceed together; 0: the best alone, 1: all").between(0, 1),
-                option("k_max", 0, "at most this many experts per row; 0 = all").at_least(0), renormalise_option("none")},
+    .options =
+        {option("p", 0.4, "probability that a row's experts have to exceed together; 0: the best alone, 1: all").between(0, 1),
+         option("k_max", 0, "at most this many experts per row; 0 = all").at_least(0), renormalise_option("none")},
     .paper_losses = {{"balance", 0.01, {{"counts", std::string("any_choice")}, {"divide_by_k", true}}}, {"entropy", 1e-4}},
     .probes = {{"logits", "[T,E]", "W x, without noise"},
                {"probs", "[T,E]", "softmax of them"},

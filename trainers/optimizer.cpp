@@ -108,7 +108,8 @@ void Optimizer::update_sgd(const std::vector<Entry*>& entries, double lr) {
   at::_foreach_add_(updates, 1);
   // Momentum starts at zero, so the first step is no special case (is_first_step only saves a multiplication).
   at::_fused_sgd_(parameters, gradients, momentum, entries.front()->weight_decay, settings_.momentum,
-                  lr * entries.front()->lr_scale, /*dampening=*/0, /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false);
+                  lr * entries.front()->lr_scale, /*dampening=*/0, /*nesterov=*/false, /*maximize=*/false,
+                  /*is_first_step=*/false);
 }
 
 void Optimizer::reset_slice(const ExpertBank::Slice& slice) {

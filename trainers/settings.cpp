@@ -96,7 +96,8 @@ OptionSpecs optimizer_options() {
       option("momentum", 0.9, "sgd: momentum").between(0, 1),
       option("weight_decay", 0.1, "of matrices; vectors and embeddings are not decayed").at_least(0),
       option("router_lr_scale", 1.0, "the routers' learning rate as a multiple of lr").at_least(0),
-      option("unused_experts", "zero_grad", "an expert without tokens gets a zero gradient (moments and decay go on), or is skipped")
+      option("unused_experts", "zero_grad",
+             "an expert without tokens gets a zero gradient (moments and decay go on), or is skipped")
           .one_of({"zero_grad", "skip"}),
   };
 }
@@ -117,7 +118,8 @@ OptionSpecs eval_options() {
   return {
       option("every", 0, "steps between evaluations; 0 = only at the end").at_least(0),
       option("sequences", 0, "validation sequences, images or vectors of an evaluation during training; 0 = all").at_least(0),
-      option("baseline", "none", "models to report beside ours: none, or interpolated n-grams of bytes").one_of({"none", "ngram"}),
+      option("baseline", "none", "models to report beside ours: none, or interpolated n-grams of bytes")
+          .one_of({"none", "ngram"}),
   };
 }
 

@@ -46,8 +46,14 @@ LossStatistics streamed_total(LossStatistics& total, const LossStatistics& more,
 
 class Step {
  public:
-  Step(const Model& model, const Objective& objective, const std::vector<Batch>& micro_batches, const StepContext& context, bool bf16)
-      : model_(model), objective_(objective), micro_batches_(micro_batches), context_(context), bf16_(bf16), sites_(model.sites()) {}
+  Step(const Model& model, const Objective& objective, const std::vector<Batch>& micro_batches, const StepContext& context,
+       bool bf16)
+      : model_(model),
+        objective_(objective),
+        micro_batches_(micro_batches),
+        context_(context),
+        bf16_(bf16),
+        sites_(model.sites()) {}
 
   StepResult run() {
     count_tokens();
@@ -239,7 +245,8 @@ class Step {
       for (size_t t = 0; t < result_.terms[s].size(); ++t)
         if (!std::isfinite(result_.terms[s][t].value) && what.empty())
           what = fmt::format("loss '{}' of {} is {}", sites_[s]->losses[t].label, sites_[s]->path, result_.terms[s][t].value);
-    diverged_error(fmt::format("non-finite loss at step {}: {}; nothing was updated", context_.step, what.empty() ? "the total" : what));
+    diverged_error(
+        fmt::format("non-finite loss at step {}: {}; nothing was updated", context_.step, what.empty() ? "the total" : what));
   }
 
   const Model& model_;

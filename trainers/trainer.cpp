@@ -118,7 +118,8 @@ void Trainer::resume(const Checkpoint& checkpoint) {
 std::vector<Batch> Trainer::load_micro_batches() const {
   const int64_t parts = comm_->size() * settings_.micro_batches;
   if (settings_.batch % parts != 0)
-    usage_error(fmt::format("batch = {} cannot be split over {} ranks × {} micro-batches", settings_.batch, comm_->size(), settings_.micro_batches));
+    usage_error(fmt::format("batch = {} cannot be split over {} ranks × {} micro-batches", settings_.batch, comm_->size(),
+                            settings_.micro_batches));
   const int64_t count = settings_.batch / parts;
   std::vector<Batch> batches;
   for (int64_t m = 0; m < settings_.micro_batches; ++m) {
@@ -182,7 +183,8 @@ Request Trainer::observe(const StepResult& result, double lr, double norm) {
   };
   Request request = Request::kNone;
   for (Observer* observer : observers_)
-    request = std::max(request, observer->on_step({step_, settings_.steps, tokens_, lr, norm, result, window_, flush, *model_, probe_forward}));
+    request = std::max(
+        request, observer->on_step({step_, settings_.steps, tokens_, lr, norm, result, window_, flush, *model_, probe_forward}));
   if (!flush) return request;
   last_window_ = window_;
   window_.reset();

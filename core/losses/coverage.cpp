@@ -68,7 +68,8 @@ const Registration<LossEntry> coverage_registration{{
                 "blind to which experts are chosen",
     .options =
         {
-            option("group", "sequence", "rows that the softmax compares: of a sequence, of a micro-batch, or of equal position in it")
+            option("group", "sequence",
+                   "rows that the softmax compares: of a sequence, of a micro-batch, or of equal position in it")
                 .one_of({"sequence", "micro", "time_step"}),
             option("logits", "noisy", "with the noise that the choice saw, or without").one_of({"noisy", "clean"}),
         },

@@ -29,8 +29,9 @@ std::string remedy(const LookAhead& ahead, Mode mode) {
 }
 
 [[noreturn]] void refuse_look_ahead(const Table& moe, const LayerSettings& layer, const LookAhead& ahead, Mode mode) {
-  const std::string message = fmt::format("layer {}: router '{}' looks ahead in {} of a causal model: {}; {}", layer.router_spec.layer,
-                                          layer.router, to_string(mode), ahead.reason, remedy(ahead, mode));
+  const std::string message = fmt::format("layer {}: router '{}' looks ahead in {} of a causal model: {}; {}",
+                                          layer.router_spec.layer, layer.router, to_string(mode), ahead.reason,
+                                          remedy(ahead, mode));
   if (ahead.by_router) moe.child("router").fail("name", message);
   const Table eval = moe.child("capacity").child("eval");
   const bool written_in_eval = mode != Mode::kTrain && eval.present();

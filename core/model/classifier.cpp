@@ -18,7 +18,8 @@ void check_values(const Batch& batch, const DataShape& data) {
   check_invariant(!batch.length_B.defined(), "images and vectors have no padding");
   const std::vector<int64_t> found = batch.values.sizes().slice(1).vec();
   if (found != data.sample)
-    usage_error(fmt::format("samples of shape [{}] came to a model of [{}]", fmt::join(found, ", "), fmt::join(data.sample, ", ")));
+    usage_error(
+        fmt::format("samples of shape [{}] came to a model of [{}]", fmt::join(found, ", "), fmt::join(data.sample, ", ")));
 }
 
 }  // namespace
@@ -35,7 +36,8 @@ ModelOutput Classifier::forward(const Batch& batch, const StepContext& context) 
 void Classifier::add_head(const BackboneSettings& settings) {
   const auto options = at::TensorOptions().dtype(settings.dtype);
   norm_D_ = add_parameter("norm.weight", at::ones({settings.width}, options));
-  head_VD_ = add_parameter("head.weight", normal_tensor(settings.init.with("head"), {data_.classes, settings.width}, kHeadStd, settings.dtype));
+  head_VD_ = add_parameter("head.weight",
+                           normal_tensor(settings.init.with("head"), {data_.classes, settings.width}, kHeadStd, settings.dtype));
   head_V_ = add_parameter("head.bias", at::zeros({data_.classes}, options));
   freeze_base();
 }

@@ -66,7 +66,8 @@ class HeadPass {
   Tensor turned(const Tensor& x_THA) const { return turned(x_THA, in_.position_T); }
   Tensor turned(const Tensor& x_THA, const Tensor& position_T) const;
 
-  // q_THA over keys and values of as many heads, or of one that all share; [T,H,A]. With a cache, over those of earlier calls too.
+  // q_THA over keys and values of as many heads, or of one that all share; [T,H,A]. With a cache, over those of earlier calls
+  // too.
   Tensor attended(const Tensor& q_THA, const Tensor& k_ThA, const Tensor& v_ThA) const;
 
  private:

@@ -15,7 +15,8 @@ class MlpModel : public Classifier {
     const BackboneSettings settings = read_backbone(spec, options, std::nullopt);
     const int64_t features = spec.data.sample.at(0);
     const double std = 1 / std::sqrt(static_cast<double>(features));
-    input_DF_ = add_parameter("input.weight", normal_tensor(settings.init.with("input"), {settings.width, features}, std, settings.dtype));
+    input_DF_ = add_parameter("input.weight",
+                              normal_tensor(settings.init.with("input"), {settings.width, features}, std, settings.dtype));
     input_D_ = add_parameter("input.bias", at::zeros({settings.width}, at::TensorOptions().dtype(settings.dtype)));
     add_blocks(settings.blocks);
     add_head(settings);
@@ -42,7 +43,8 @@ class MlpModel : public Classifier {
 const Registration<ModelEntry> registration_mlp{{
     .name = "mlp",
     .title = "A classifier of vectors: residual blocks of experts, without attention",
-    .doc = "Each vector is a sequence of one row. Routers that decide over a group of rows take the micro-batch as their group where "
+    .doc = "Each vector is a sequence of one row. Routers that decide over a group of rows take the micro-batch as their group "
+           "where "
            "they are told so (expert_choice: group = \"micro\"). Nothing is causal, so no router is refused for looking ahead.",
     .reads = DataKind::kVectors,
     .options = backbone_options({}),

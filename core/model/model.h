@@ -56,7 +56,8 @@ class Model : public Module {
   ~Model() override;
   virtual ModelOutput forward(const Batch& batch, const StepContext& context) const = 0;
 
-  // Logits of the next token, [B, V], for tokens_BL appended to what `state` has seen. Error(kUsage) where a model reads no tokens.
+  // Logits of the next token, [B, V], for tokens_BL appended to what `state` has seen. Error(kUsage) where a model reads no
+  // tokens.
   virtual Tensor decode(const Tensor& tokens_BL, DecodeState& state) const;
 
   // Every routed place, in the order of the forward pass.

@@ -32,7 +32,8 @@ Tensor cut_into_patches(const Tensor& images, int64_t patch) {
 int64_t checked_patch(const ModelSpec& spec, const Options& options) {
   const int64_t patch = options.integer("patch"), height = spec.data.sample.at(1), width = spec.data.sample.at(2);
   if (height % patch != 0 || width % patch != 0)
-    spec.root.child("model").fail("patch", fmt::format("patch = {} does not divide images of {} × {} pixels", patch, height, width));
+    spec.root.child("model").fail("patch",
+                                  fmt::format("patch = {} does not divide images of {} × {} pixels", patch, height, width));
   return patch;
 }
 
@@ -53,7 +54,8 @@ class PatchesModel : public Classifier {
     const auto embedding = [&](const char* name, int64_t rows) {
       return normal_tensor(settings.init.with(name), {rows, settings.width}, kPositionStd, settings.dtype);
     };
-    patch_DP_ = add_parameter("patch.weight", normal_tensor(settings.init.with("patch"), {settings.width, pixels}, std, settings.dtype));
+    patch_DP_ = add_parameter("patch.weight",
+                              normal_tensor(settings.init.with("patch"), {settings.width, pixels}, std, settings.dtype));
     patch_D_ = add_parameter("patch.bias", at::zeros({settings.width}, at_dtype));
     if (options.text("readout") == "class") class_1D_ = add_parameter("class_embedding.weight", embedding("class", 1));
     position_LD_ = add_parameter("position_embedding.weight", embedding("position", patches + (class_1D_.defined() ? 1 : 0)));
@@ -64,7 +66,8 @@ class PatchesModel : public Classifier {
   int64_t context() const override { return position_LD_.size(0); }
 
   double flops_per_token() const override {
-    return 2.0 * static_cast<double>(patch_DP_.numel()) + block_flops_per_row(context()) + head_flops() / static_cast<double>(context());
+    return 2.0 * static_cast<double>(patch_DP_.numel()) + block_flops_per_row(context()) +
+           head_flops() / static_cast<double>(context());
   }
 
  protected:
@@ -87,13 +90,15 @@ class PatchesModel : public Classifier {
 const Registration<ModelEntry> registration_patches{{
     .name = "patches",
     .title = "A patch classifier of images, with attention over all patches",
-    .doc = "An image is a sequence, and its patches are the rows that are routed: a group of expert choice, and the slots of soft "
-           "MoE, belong to one image. Nothing is causal, so no router is refused for looking ahead.",
+    .doc =
+        "An image is a sequence, and its patches are the rows that are routed: a group of expert choice, and the slots of soft "
+        "MoE, belong to one image. Nothing is causal, so no router is refused for looking ahead.",
     .reads = DataKind::kImages,
     .options = backbone_options({heads_option(),
                                  option("patch", 7, "side of a patch in pixels; must divide the image's sides").at_least(1),
-                                 option("readout", "mean", "what the classes are read from: the mean over the patches, or a class "
-                                                           "token, which is one more row of each image")
+                                 option("readout", "mean",
+                                        "what the classes are read from: the mean over the patches, or a class "
+                                        "token, which is one more row of each image")
                                      .one_of({"mean", "class"})}),
     .make = [](const ModelSpec& spec, const Options& options) -> std::shared_ptr<Model> {
       return std::make_shared<PatchesModel>(spec, options);

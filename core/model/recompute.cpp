@@ -77,7 +77,8 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   }
 
  private:
-  static variable_list gradients_of(const std::vector<Tensor*>& parts, const variable_list& gradients, const variable_list& inputs) {
+  static variable_list gradients_of(const std::vector<Tensor*>& parts, const variable_list& gradients,
+                                    const variable_list& inputs) {
     variable_list roots, root_gradients, leaves;
     for (size_t i = 0; i < parts.size(); ++i) {
       if (!gradients[i].defined() || !parts[i]->requires_grad()) continue;

@@ -6,8 +6,8 @@
 namespace moelab {
 
 // Equal to block.forward(x_BLD, rows, in, shares) in values and gradients. The first pass alone makes the records, the
-// assignments and the deltas; the second replays the assignments, the random keys and the autocast state, and counts nothing. `block` and
-// `rows` are kept until the graph is freed.
+// assignments and the deltas; the second replays the assignments, the random keys and the autocast state, and counts nothing.
+// `block` and `rows` are kept until the graph is freed.
 BlockOutput forward_recomputed(const std::shared_ptr<const Block>& block, const Tensor& x_BLD,
                                const std::shared_ptr<const BatchRows>& rows, const RouteInput& in,
                                const std::vector<SiteShare>& shares);

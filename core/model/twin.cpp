@@ -35,7 +35,8 @@ int64_t active_experts(const Table& tables, const LayerSettings& layer) {
   const RouterFacts facts = make_router(layer.router, layer.router_spec)->facts();
   const int64_t k = choices_per_row(facts, layer.router_spec);
   if (k > 0) return k;
-  const char* why = facts.plan == PlanForm::kSparse ? "its number of experts per row varies" : "its experts are blended, not chosen";
+  const char* why = facts.plan == PlanForm::kSparse ? "its number of experts per row varies"
+                                                    : "its experts are blended, not chosen";
   tables.child("moe").child("router").fail("name", fmt::format(
       "twin = \"dense_active\" has no width for router '{}' of layer {}: {}; use twin = \"dense_total\", or set dense_width with "
       "moe_layers = \"none\"", layer.router, layer.router_spec.layer, why));
@@ -58,7 +59,8 @@ DenseSettings dense_expert(const std::string& name, ExpertSpec spec, int64_t wid
 DenseSettings dense_twin(const Table& tables, const LayerSettings& layer, const std::string& twin) {
   const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(layer.expert);
   if (!declared_option(entry, "width"))
-    tables.child("moe").child("expert").fail("name", fmt::format("experts '{}' have no width, so they have no dense twin", layer.expert));
+    tables.child("moe").child("expert").fail("name",
+                                             fmt::format("experts '{}' have no width, so they have no dense twin", layer.expert));
   const ExpertSpec& expert = layer.expert_spec;
   const int64_t each = hidden_width(expert.options.integer("width"), expert.width);
   const int64_t shared = layer.shared_count * (layer.shared_width > 0 ? layer.shared_width : each);

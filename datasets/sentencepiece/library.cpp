@@ -1,4 +1,5 @@
-// The far side of the border that library.h describes: linked with SentencePiece, loaded by dlmopen, and never linked with LibTorch.
+// The far side of the border that library.h describes: linked with SentencePiece, loaded by dlmopen, and never linked with
+// LibTorch.
 #include "datasets/sentencepiece/library.h"
 
 #include <sentencepiece_processor.h>

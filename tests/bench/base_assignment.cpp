@@ -1,6 +1,6 @@
 // Balanced assignment of T rows to E experts: the exact solver, cold and from the prices of the scores before 5 % noise,
-// against the auction of at most 100 rounds and, where LEMON is installed, its network simplex on the graph of all T·E pairs. All of
-// them in one thread, in turns, on the same scores: Gaussian with a Gaussian bias per expert.
+// against the auction of at most 100 rounds and, where LEMON is installed, its network simplex on the graph of all T·E pairs. All
+// of them in one thread, in turns, on the same scores: Gaussian with a Gaussian bias per expert.
 #include "core/assignment.h"
 #include "core/error.h"
 #include "core/memory.h"

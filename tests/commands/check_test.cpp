@@ -56,7 +56,8 @@ TEST_CASE("each layer's losses come with their values at balance and at collapse
 
 // 10 steps of warm-up to 0.01, then constant: 0.001 at the first step.
 TEST_CASE("the learning rate is told at the first and the last step") {
-  const nlohmann::json rate = checked({"optimizer.lr=0.01", "schedule.warmup_steps=10", "schedule.decay=constant"}).at("learning_rate");
+  const nlohmann::json rate =
+      checked({"optimizer.lr=0.01", "schedule.warmup_steps=10", "schedule.decay=constant"}).at("learning_rate");
   CHECK(rate.at("first").get<double>() == Catch::Approx(0.001));
   CHECK(rate.at("last").get<double>() == Catch::Approx(0.01));
 }
@@ -88,21 +89,23 @@ TEST_CASE("bad experiments are refused with the place, and nothing is created") 
       BadExperiment{"[moe]\nexpert = 4\n", "exp.toml:2:1: "},
       BadExperiment{"[moe]\nexperts = \"four\"\n", "exp.toml:2:1: 'experts' is a string, but must be an integer"},
       BadExperiment{"[moe]\nexperts = 0\n", "exp.toml:2:1: 'experts' is 0, but must be at least 1"},
-      BadExperiment{"[moe]\nexperts = 4\n[moe.router]\nname = \"softmax_topk\"\nk = 9\n", "exp.toml:5:1: k = 9 is more than experts = 4"},
+      BadExperiment{"[moe]\nexperts = 4\n[moe.router]\nname = \"softmax_topk\"\nk = 9\n",
+                    "exp.toml:5:1: k = 9 is more than experts = 4"},
       BadExperiment{"[moe.router]\nname = \"swich\"\n", "exp.toml:2:1: nothing is named 'swich', did you mean 'switch'?"},
       BadExperiment{"[train]\nbatch = 3\nmicro_batches = 2\n",
                     "exp.toml:3:1: batch = 3 cannot be split into 2 equal micro-batches"},
       BadExperiment{"[train]\nobjective = \"tsk\"\n", "exp.toml:2:1: nothing is named 'tsk', did you mean 'task'? registered: "},
-      BadExperiment{"[optimizer]\nname = \"adamv\"\n", "exp.toml:2:1: 'name' is \"adamv\", but must be one of adamw, sgd, did you mean 'adamw'?"},
+      BadExperiment{"[optimizer]\nname = \"adamv\"\n",
+                    "exp.toml:2:1: 'name' is \"adamv\", but must be one of adamw, sgd, did you mean 'adamw'?"},
       BadExperiment{"[modle]\nwidth = 4\n", "exp.toml:1:1: unknown key 'modle' at the top of the file, did you mean 'model'?"},
       BadExperiment{"[model]\nwidth = 30\nheads = 4\n", "exp.toml:3:1: width = 30 is not divisible by heads = 4"},
       BadExperiment{"extends = \"exp.toml\"\n", ""},
       BadExperiment{"[[loss]]\ncoefficient = 1\n", "exp.toml:1:1: a [[loss]] needs a name"},
-      BadExperiment{"plugins = \"nowhere.so\"\n", "exp.toml:1:1: cannot read '"},
-      BadExperiment{"x = \"\xff\"\n", ""},
+      BadExperiment{"plugins = \"nowhere.so\"\n", "exp.toml:1:1: cannot read '"}, BadExperiment{"x = \"\xff\"\n", ""},
       BadExperiment{"[moe]\nexperts = 4\nexperts = 4\n", "exp.toml:3:11: cannot redefine existing integer 'experts'\n"});
   const ScratchFolder folder;
-  const ProgramResult result = moelab_in(folder.path(), {"check", folder.put("exp.toml", bad.text + "[data]\nname = \"markov\"\n")});
+  const ProgramResult result = moelab_in(folder.path(),
+                                         {"check", folder.put("exp.toml", bad.text + "[data]\nname = \"markov\"\n")});
   CAPTURE(bad.text, result.err);
   CHECK(result.code == 2);
   CHECK(result.out.empty());

@@ -40,7 +40,8 @@ TEST_CASE("inspect lists files with sizes and hashes, and tensors with types and
   CHECK(model.at("size") == text_of(folder / "ckpt/step-5/model.safetensors").size());
   CHECK(model.at("xxh3").get<std::string>().size() == 32);
   const nlohmann::json expected = nlohmann::json::parse(R"([
-      {"name": "layers.0.moe.router.weight", "dtype": "F32", "shape": [4, 2]}, {"name": "prices", "dtype": "I64", "shape": [3]}])");
+      {"name": "layers.0.moe.router.weight", "dtype": "F32", "shape": [4, 2]},
+      {"name": "prices", "dtype": "I64", "shape": [3]}])");
   CHECK(model.at("tensors") == expected);
 }
 

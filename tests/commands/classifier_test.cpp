@@ -51,8 +51,9 @@ TEST_CASE("check speaks of vectors, classes and rows, and says nothing of causal
   CHECK(report.at("layers").at(0).at("train").at("causal") == false);
   CHECK(report.at("memory_bytes").at("activations_estimate").get<int64_t>() > 0);
   const std::string text = moelab_run({"check", file}).out;
-  for (const char* part : {"mlp", "clusters: endless training vectors, 40 validation vectors, 3 classes", "bits per vector", "active per vector",
-                           "6 steps of 8 vectors in 2 micro-batches, 48 vectors in all", "nothing is refused"})
+  for (const char* part :
+       {"mlp", "clusters: endless training vectors, 40 validation vectors, 3 classes", "bits per vector", "active per vector",
+        "6 steps of 8 vectors in 2 micro-batches, 48 vectors in all", "nothing is refused"})
     CHECK(contains(text, part));
   for (const char* part : {"causal", "LOOKS AHEAD", "token"}) CHECK_FALSE(contains(text, part));
 }
@@ -63,7 +64,8 @@ TEST_CASE("a run of a classifier ends with its accuracy, and has no bits per byt
   const ProgramResult result = moelab_in(folder.path(), {"run", file, "--out", "run"});
   CAPTURE(result.err);
   REQUIRE(result.code == 0);
-  for (const char* part : {"validation, 40 vectors, 3 classes:", "knowing the source", "accuracy 0.", "load of each expert", "vectors trained 48", "verdict: "})
+  for (const char* part : {"validation, 40 vectors, 3 classes:", "knowing the source", "accuracy 0.", "load of each expert",
+                           "vectors trained 48", "verdict: "})
     CHECK(contains(result.out, part));
   CHECK_FALSE(contains(result.out, "byte"));
   CHECK(contains(result.err, "bits/vector"));
@@ -103,7 +105,8 @@ TEST_CASE("models are listed with what they read, and a model's options are its 
 TEST_CASE("an experiment that extends a decoder may name another model") {
   const ScratchFolder folder;
   folder.put("base.toml", text_of(MOELAB_SOURCE_DIR "/experiments/base/lm_tiny.toml"));
-  const std::string file = folder.put("exp.toml", "extends = \"base.toml\"\n[model]\nname = \"mlp\"\n[data]\nname = \"clusters\"\n");
+  const std::string file = folder.put("exp.toml",
+                                      "extends = \"base.toml\"\n[model]\nname = \"mlp\"\n[data]\nname = \"clusters\"\n");
   const ProgramResult result = moelab_run({"check", file});
   CAPTURE(result.err);
   CHECK(result.code == 0);

@@ -42,7 +42,8 @@ Arguments joined(Arguments first, const Arguments& second) {
 // For experiments on the Bible where it is not at hand: settings that put other text in its place.
 Arguments other_text(const ScratchFolder& folder) {
   std::string text;
-  for (int line = 0; line < 4000; ++line) text += fmt::format("line {} of {} words and {}\n", line % 97, line * line % 31, line * 7 % 113);
+  for (int line = 0; line < 4000; ++line)
+    text += fmt::format("line {} of {} words and {}\n", line % 97, line * line % 31, line * 7 % 113);
   folder.put("text.txt", text);
   return {"--set", "data.name=bytes", "--set", "data.path=" + (folder / "text.txt"), "--set", "data.vocabulary_size=300"};
 }

@@ -28,7 +28,8 @@ TEST_CASE("without a command the program shows its help on stderr and ends with 
 }
 
 TEST_CASE("the help of every command ends with an example") {
-  const std::string verb = GENERATE("run", "resume", "eval", "check", "list", "describe", "data", "new", "docs", "ckpt", "completion");
+  const std::string verb = GENERATE("run", "resume", "eval", "check", "list", "describe", "data", "new", "docs", "ckpt",
+                                    "completion");
   const ProgramResult result = moelab_run({verb, "--help"});
   CHECK(result.code == 0);
   CHECK(contains(result.out.substr(result.out.rfind("Example: ")), "moelab " + verb));
@@ -48,11 +49,13 @@ TEST_CASE("unknown words are named, with the nearest known one") {
       WrongWords{{"lst"}, "moelab: unknown command 'lst', did you mean 'list'?\n"},
       WrongWords{{"xyzzyxyzzy"}, "moelab: unknown command 'xyzzyxyzzy'; `moelab --help` shows what there is\n"},
       WrongWords{{"list", "routers", "--jsno"}, "moelab: list: unknown option '--jsno', did you mean '--json'?\n"},
-      WrongWords{{"list", "routers", "again"}, "moelab: list: unknown argument 'again'; `moelab list --help` shows what there is\n"},
+      WrongWords{{"list", "routers", "again"},
+                 "moelab: list: unknown argument 'again'; `moelab list --help` shows what there is\n"},
       WrongWords{{"data", "prepair", "kjv"}, "moelab: data: unknown command 'prepair', did you mean 'prepare'?\n"},
       WrongWords{{"describe", "routers"}, "moelab: describe: NAME is required; `moelab describe --help` has an example\n"},
       WrongWords{{"list", "ruoters"},
-                 "moelab: there is no kind 'ruoters', did you mean 'routers'? kinds: routers, experts, losses, objectives, datasets, models, metrics\n"},
+                 "moelab: there is no kind 'ruoters', did you mean 'routers'? kinds: routers, experts, losses, objectives, "
+                 "datasets, models, metrics\n"},
       WrongWords{{"completion", "fish"}, "moelab: there is no completion for 'fish'; there is one for bash\n"});
   const ProgramResult result = moelab_run(wrong.arguments);
   CHECK(result.code == 2);

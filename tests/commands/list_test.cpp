@@ -96,7 +96,8 @@ TEST_CASE("everything that is listed can be described, as text and as JSON") {
 TEST_CASE("list without a kind tells which kinds there are, and a kind may be named in the singular") {
   const ProgramResult kinds = moelab_run({"list"});
   CHECK(kinds.code == 0);
-  for (const char* kind : {"routers", "experts", "losses", "objectives", "datasets", "models", "metrics"}) CHECK(contains(kinds.out, kind));
+  for (const char* kind : {"routers", "experts", "losses", "objectives", "datasets", "models", "metrics"})
+    CHECK(contains(kinds.out, kind));
   CHECK(moelab_run({"describe", "router", "switch"}).out == moelab_run({"describe", "routers", "switch"}).out);
 }
 

@@ -42,7 +42,8 @@ TEST_CASE("a plugin built against another version is refused with both versions"
   const std::string path = altered(folder, "{moelab " MOELAB_VERSION, "{moelab 9.9.9");
   const ProgramResult result = moelab_run({"list", "routers", "--plugin", path});
   CHECK(result.code == 2);
-  CHECK(result.err == "moelab: plugin '" + path + "' was built with moelab 9.9.9, this program with moelab " MOELAB_VERSION "; build it again\n");
+  CHECK(result.err == "moelab: plugin '" + path +
+                          "' was built with moelab 9.9.9, this program with moelab " MOELAB_VERSION "; build it again\n");
 }
 
 TEST_CASE("so is one built against another LibTorch") {

@@ -198,7 +198,8 @@ TEST_CASE("another plugin's options are dropped where a later file or override c
   CHECK(resolved_text(kept).find("k = 2") != std::string::npos);
 
   CHECK_THROWS(router(parse_config(text, "e.toml")).options(switch_specs));                                // nothing was changed
-  CHECK_THROWS(router(parse_config(text, "e.toml", {"moe.router.name=switch", "moe.router.k=3"})).options(switch_specs));  // written later
+  CHECK_THROWS(
+      router(parse_config(text, "e.toml", {"moe.router.name=switch", "moe.router.k=3"})).options(switch_specs));  // written later
 
   const Table layer = parse_config("[moe.router]\nname = \"switch\"\n", "l.toml");
   CHECK(router(parse_config(text, "e.toml").overlaid(layer)).options(switch_specs).text("name") == "switch");

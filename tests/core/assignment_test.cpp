@@ -88,8 +88,8 @@ Problem random_problem(Draw& draw, int64_t rows, int64_t experts, int64_t kind) 
 }
 constexpr int64_t kKinds = 7;
 
-// No assignment with these loads has a larger sum of scores: Σ_t max_e(s - p_e) + the largest Σ_e c_e·p_e, by plain loops over the
-// scores as they are.
+// No assignment with these loads has a larger sum of scores: Σ_t max_e(s - p_e) + the largest Σ_e c_e·p_e, by plain loops over
+// the scores as they are.
 double plain_dual_bound(const Problem& problem, const ExpertLoads& loads, std::vector<double> price_E) {
   double bound = 0;
   for (const auto& row : problem.score_TE) {

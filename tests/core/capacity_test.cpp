@@ -157,7 +157,7 @@ TEST_CASE("conventions of spec/routers.md 1.2 as policies, at S = 100, E = 8, k 
   CHECK(Policy{.mode = M::kFactor, .factor = 1.25, .round = R::kRound, .min = 4}.places(100, 8, 2) == 16);   // flaxformer
   CHECK(Policy{.mode = M::kFactor, .factor = 1.05, .times_k = true, .multiple_of = 4}.places(100, 8, 2) == 28);  // V-MoE: 27 → 28
   CHECK(Policy{.mode = M::kFactor, .factor = 1, .times_k = true, .min = 4}.places(100, 8, 2) == 25);         // DeepSpeed top-2
-  CHECK(Policy{.mode = M::kTokenFraction, .factor = 0.5, .round = R::kFloor}.places(101, 8, 2) == 50);       // StableMoE: int(T·cf)
+  CHECK(Policy{.mode = M::kTokenFraction, .factor = 0.5, .round = R::kFloor}.places(101, 8, 2) == 50);  // StableMoE: int(T·cf)
 }
 
 TEST_CASE("capacity 0 serves nobody") {
@@ -173,7 +173,9 @@ TEST_CASE("priority batch serves rows by their largest probability: V-MoE's orac
   const Tensor choice_TK = at::zeros({4, 1}, at::kLong), allowed_TK = at::ones({4, 1}, at::kBool);
   const Tensor top_TK = z_TE.softmax(1).slice(1, 0, 1);
   const RouteCase input(z_TE);
-  const auto fits = [&](Policy policy) { return served(policy, input.in, choice_TK, allowed_TK, top_TK, 3, 1).squeeze(1).to(at::kLong); };
+  const auto fits = [&](Policy policy) {
+    return served(policy, input.in, choice_TK, allowed_TK, top_TK, 3, 1).squeeze(1).to(at::kLong);
+  };
   const Policy by_row{.mode = Policy::Mode::kAbsolute, .value = 2};
   const Policy by_batch{.mode = Policy::Mode::kAbsolute, .value = 2, .priority = Policy::Priority::kBatch};
   CHECK(fits(by_row).equal(longs({1, 1, 0, 0})));
@@ -202,7 +204,9 @@ TEST_CASE("a pair that its router's policy refused takes no place") {
   const RouteCase input(random_tensor(1, {3, 2}));
   const Tensor choice_TK = at::zeros({3, 1}, at::kLong), allowed_TK = longs({0, 1, 1}).view({3, 1}).to(at::kBool);
   const Policy policy{.mode = Policy::Mode::kAbsolute, .value = 1};
-  CHECK(served(policy, input.in, choice_TK, allowed_TK, at::ones({3, 1}, at::kDouble), 1, 1).to(at::kLong).equal(longs({0, 1, 0}).view({3, 1})));
+  CHECK(served(policy, input.in, choice_TK, allowed_TK, at::ones({3, 1}, at::kDouble), 1, 1)
+            .to(at::kLong)
+            .equal(longs({0, 1, 0}).view({3, 1})));
 }
 
 TEST_CASE("the random order is a draw of (sequence, position): the same again, another with another key") {
@@ -250,8 +254,9 @@ TEST_CASE("capacity of scope global over 2 thread ranks equals one process on th
       RouteCase input = RouteCase(whole.input.in.x_TD.slice(0, from, to));
       input.in.capacity_noise_TE = whole.input.in.capacity_noise_TE.slice(0, from, to);
       input.in.comm = comm.get();
-      parts[comm->rank()] = served(whole.policy, input.in, whole.choice_TK.slice(0, from, to), whole.allowed_TK.slice(0, from, to),
-                                   whole.priority_TK.slice(0, from, to), whole.experts, whole.k);
+      parts[comm->rank()] = served(whole.policy, input.in, whole.choice_TK.slice(0, from, to),
+                                   whole.allowed_TK.slice(0, from, to), whole.priority_TK.slice(0, from, to), whole.experts,
+                                   whole.k);
     });
     INFO("seed " << seed);
     CHECK(at::cat(parts).equal(capacity_served(whole)));

@@ -13,7 +13,9 @@ using namespace moelab;
 
 namespace {
 
-Tensor plan_bools(std::vector<int64_t> values, at::IntArrayRef shape) { return at::tensor(values, at::kLong).view(shape).to(at::kBool); }
+Tensor plan_bools(std::vector<int64_t> values, at::IntArrayRef shape) {
+  return at::tensor(values, at::kLong).view(shape).to(at::kBool);
+}
 
 // Rows 0, 1, 2 of two choices: one pair dropped, one refused, one not chosen.
 Assignment plan_small_assignment() {

@@ -20,11 +20,33 @@ namespace {
 namespace fs = std::filesystem;
 const fs::path kSource = MOELAB_SOURCE_DIR;
 
+std::vector<std::string> lines_of(const fs::path& path) {
+  std::ifstream file(path);
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(file, line);) lines.push_back(line);
+  return lines;
+}
+
+bool is_source(const fs::path& path) { return path.extension() == ".cpp" || path.extension() == ".h"; }
+
+std::vector<fs::path> sources() {
+  std::vector<fs::path> found;
+  for (const char* folder : {"core", "routers", "experts", "datasets", "trainers", "experiments", "tests"})
+    for (const auto& entry : fs::recursive_directory_iterator(kSource / folder))
+      if (is_source(entry.path())) found.push_back(entry.path());
+  return found;
+}
+
+// Characters, of which UTF-8 begins each with one byte that is no continuation.
+int64_t columns(const std::string& line) {
+  return std::count_if(line.begin(), line.end(), [](unsigned char byte) { return (byte & 0xC0) != 0x80; });
+}
+
 // Every `#include "folder/…"` below `folder` must begin with one of the allowed folders.
 void require_includes_only(const std::string& folder, const std::set<std::string>& allowed) {
   const std::regex include(R"re(^\s*#include\s+"([a-z_]+)/)re");
   for (const auto& entry : fs::recursive_directory_iterator(kSource / folder)) {
-    if (entry.path().extension() != ".cpp" && entry.path().extension() != ".h") continue;
+    if (!is_source(entry.path())) continue;
     std::ifstream file(entry.path());
     for (std::string line; std::getline(file, line);) {
       std::smatch found;
@@ -46,16 +68,25 @@ TEST_CASE("dependencies point one way") {
   require_includes_only("experiments", {"core", "datasets", "trainers", "experiments"});
 }
 
+TEST_CASE("sources are at most 130 columns wide and 400 lines long") {
+  for (const fs::path& path : sources()) {
+    int64_t number = 0;
+    for (const std::string& line : lines_of(path)) {
+      CAPTURE(path.string(), ++number);
+      CHECK(columns(line) <= 130);
+    }
+    CAPTURE(path.string());
+    CHECK(number <= 400);
+  }
+}
+
 TEST_CASE("no source includes a torch umbrella header") {
   const std::regex umbrella(R"(#include\s*<torch/(torch|nn|optim|data)\.h>)");
-  for (const char* folder : {"core", "routers", "experts", "datasets", "trainers", "experiments", "tests"}) {
-    for (const auto& entry : fs::recursive_directory_iterator(kSource / folder)) {
-      if (entry.path().extension() != ".cpp" && entry.path().extension() != ".h") continue;
-      std::ifstream file(entry.path());
-      const std::string text((std::istreambuf_iterator<char>(file)), {});
-      CAPTURE(entry.path().string());
-      CHECK_FALSE(std::regex_search(text, umbrella));
-    }
+  for (const fs::path& path : sources()) {
+    std::ifstream file(path);
+    const std::string text((std::istreambuf_iterator<char>(file)), {});
+    CAPTURE(path.string());
+    CHECK_FALSE(std::regex_search(text, umbrella));
   }
 }
 
@@ -78,13 +109,6 @@ Names stems_in(const std::string& folder, const std::string& ending) {
     if (name.ends_with(ending)) stems.insert(name.substr(0, name.size() - ending.size()));
   }
   return stems;
-}
-
-std::vector<std::string> lines_of(const fs::path& path) {
-  std::ifstream file(path);
-  std::vector<std::string> lines;
-  for (std::string line; std::getline(file, line);) lines.push_back(line);
-  return lines;
 }
 
 // First cells of a generated table.
@@ -117,7 +141,8 @@ void require_same(const Names& found, const Names& expected, const std::string& 
 
 // noisy_topk_levels_test.cpp holds more tests of noisy_topk.
 bool is_part_of_another(const std::string& test, const Names& routers) {
-  return !routers.contains(test) && std::any_of(routers.begin(), routers.end(), [&](const std::string& router) { return test.starts_with(router + "_"); });
+  return !routers.contains(test) &&
+         std::any_of(routers.begin(), routers.end(), [&](const std::string& router) { return test.starts_with(router + "_"); });
 }
 
 }  // namespace

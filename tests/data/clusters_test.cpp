@@ -82,8 +82,13 @@ TEST_CASE("the known entropy is 0 far apart, and that of a blind choice of rules
 
 // Two clusters on a line of one feature: p(class | x) is worked out by hand in closed form and integrated by Simpson's rule.
 TEST_CASE("the known entropy of two clusters of one feature is the integral over the line") {
-  const auto data = make("clusters", 0, {{"clusters", int64_t{2}}, {"features", int64_t{1}}, {"classes", int64_t{2}}, {"separation", 1.0},
-                                         {"source_seed", int64_t{3}}, {"validation_vectors", int64_t{200000}}});
+  const auto data = make("clusters", 0,
+                         {{"clusters", int64_t{2}},
+                          {"features", int64_t{1}},
+                          {"classes", int64_t{2}},
+                          {"separation", 1.0},
+                          {"source_seed", int64_t{3}},
+                          {"validation_vectors", int64_t{200000}}});
   const Batch batch = many(*data, 4000);
   // Directions of one feature are ±1, so a rule says one class above its centre and one below. Both may be the same.
   const auto only_label = [&](const Tensor& chosen_N) {
@@ -130,5 +135,6 @@ TEST_CASE("vectors depend on seed, step and index alone, and validation is anoth
       const Tensor same = data->train_batch(seed, step, 0, 8, 8).values.unsqueeze(1).eq(eval.values.unsqueeze(0)).all(2);
       CHECK_FALSE(same.any().item<bool>());
     }
-  CHECK_FALSE(at::equal(clusters({{"validation_vectors", int64_t{8}}, {"source_seed", int64_t{1}}})->eval_batch(0, 8).values, eval.values));
+  CHECK_FALSE(at::equal(clusters({{"validation_vectors", int64_t{8}}, {"source_seed", int64_t{1}}})->eval_batch(0, 8).values,
+                        eval.values));
 }

@@ -12,7 +12,13 @@ using namespace moelab::data_tests;
 namespace {
 
 // Two images of 2 × 3 bytes: 0 … 11.
-const std::string kTwoImages("\0\0\x08\x03" "\0\0\0\x02" "\0\0\0\x02" "\0\0\0\x03" "\0\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b", 28);
+const std::string kTwoImages(
+    "\0\0\x08\x03"
+    "\0\0\0\x02"
+    "\0\0\0\x02"
+    "\0\0\0\x03"
+    "\0\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b",
+    28);
 
 std::string compressed(const std::string& bytes) {
   const ScratchFolder folder = scratch();
@@ -46,7 +52,8 @@ TEST_CASE("an IDX file is read with its dimensions, compressed or not") {
 
 TEST_CASE("a damaged IDX file is refused with its name and what is wrong, in one line") {
   const std::string zipped = compressed(kTwoImages);
-  std::string wrong_type = kTwoImages, no_magic = kTwoImages, no_dimensions = kTwoImages, huge = kTwoImages, flipped = zipped, wrong_sum = zipped;
+  std::string wrong_type = kTwoImages, no_magic = kTwoImages, no_dimensions = kTwoImages, huge = kTwoImages, flipped = zipped,
+              wrong_sum = zipped;
   wrong_type[2] = 0x0d;  // float32
   no_magic[1] = 'x';
   no_dimensions[3] = 0;

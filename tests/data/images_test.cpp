@@ -15,7 +15,8 @@ namespace {
 // `count` images of 1 × 2 × 2 pixels; all four pixels of image i are first + i, and its label is i mod 3.
 LabelledImages plain_images(int64_t count, int64_t first) {
   const Tensor number_N = at::arange(count, at::kLong);
-  return {number_N.add(first).view({count, 1, 1, 1}).expand({count, 1, 2, 2}).contiguous().to(at::kByte), number_N.remainder(3).to(at::kByte)};
+  return {number_N.add(first).view({count, 1, 1, 1}).expand({count, 1, 2, 2}).contiguous().to(at::kByte),
+          number_N.remainder(3).to(at::kByte)};
 }
 
 const DatasetEntry& fashion() { return Registry<DatasetEntry>::instance().find("fashion_mnist"); }
@@ -33,7 +34,8 @@ TEST_CASE("pixels have mean 0 and variance 1 over the training split, and valida
   const auto data = make_image_dataset({two, at::tensor({0, 1}, at::kByte)}, {one, at::tensor({1}, at::kByte)}, 2);
   CHECK(data->eval_batch(0, 1).values.item<float>() == 3.0f);  // (50 - 20) / 10
   const Tensor seen = data->train_batch(0, 0, 0, 64, 64).values.reshape({-1});
-  CHECK((seen.eq(-1).logical_or(seen.eq(1)).all().item<bool>() && seen.eq(1).any().item<bool>() && seen.eq(-1).any().item<bool>()));
+  CHECK(
+      (seen.eq(-1).logical_or(seen.eq(1)).all().item<bool>() && seen.eq(1).any().item<bool>() && seen.eq(-1).any().item<bool>()));
   // One grey for all pixels has no variance to divide by.
   const auto flat = make_image_dataset({one, at::tensor({0}, at::kByte)}, {one, at::tensor({0}, at::kByte)}, 1);
   CHECK(flat->eval_batch(0, 1).values.item<float>() == 0.0f);
@@ -51,9 +53,10 @@ TEST_CASE("images keep their labels, the splits stay apart, and a batch depends 
   CHECK(at::equal(data->eval_batch(4, 2).values, eval.values.narrow(0, 4, 2)));
   std::set<float> held_out, seen;
   for (int64_t i = 0; i < 9; ++i) held_out.insert(eval.values[i][0][0][0].item<float>());
-  const auto grey_of = [&](const Tensor& image) {  // undoes the scale: 120 greys 0 … 119 have mean 59.5 and variance (120² - 1) / 12
-    return std::lround(image[0][0][0].item<double>() * std::sqrt((120.0 * 120 - 1) / 12) + 59.5);
-  };
+  const auto grey_of =
+      [&](const Tensor& image) {  // undoes the scale: 120 greys 0 … 119 have mean 59.5 and variance (120² - 1) / 12
+        return std::lround(image[0][0][0].item<double>() * std::sqrt((120.0 * 120 - 1) / 12) + 59.5);
+      };
   for (int64_t step = 0; step < 40; ++step) {
     const Batch batch = data->train_batch(7, step, 0, 32, 32);
     for (int64_t b = 0; b < 32; ++b) {
@@ -97,7 +100,8 @@ TEST_CASE("the prepared Fashion-MNIST is the known one") {
   CHECK((data->train_samples() == 60000 && data->eval_sequences() == 10000));
   const Batch eval = data->eval_batch(0, 10000);
   CHECK(at::equal(at::bincount(eval.targets_BL.squeeze(1)), at::full({10}, 1000, at::kLong)));  // the authors' balanced classes
-  CHECK((eval.targets_BL[0].item<int64_t>() == 9 && eval.targets_BL[1].item<int64_t>() == 2));  // as the package's label file begins
+  CHECK((eval.targets_BL[0].item<int64_t>() == 9 &&
+         eval.targets_BL[1].item<int64_t>() == 2));  // as the package's label file begins
   // The mean and deviation that are known of it are 0.2860 and 0.3530 of 255; a black pixel is -0.8102 of that scale.
   CHECK(std::abs(eval.values.min().item<double>() + 0.2860 / 0.3530) < 1e-3);
   CHECK(std::abs(eval.values.max().item<double>() - (1 - 0.2860) / 0.3530) < 1e-3);

@@ -23,7 +23,8 @@ double empirical_entropy(const Dataset& data, int64_t order, int steps) {
   for (int step = 0; step < steps; ++step) {
     const Batch batch = data.train_batch(3, step, 0, 16, 16);
     const int64_t length = batch.tokens_BL.size(1);
-    const std::vector<int64_t> tokens = values(batch.tokens_BL), targets = values(batch.targets_BL), label = values(batch.domain_B);
+    const std::vector<int64_t> tokens = values(batch.tokens_BL), targets = values(batch.targets_BL),
+                               label = values(batch.domain_B);
     for (int64_t b = 0; b < 16; ++b) {
       for (int64_t i = order - 1; i < length; ++i) {
         std::vector<int64_t> context{label[b]};
@@ -91,7 +92,8 @@ TEST_CASE("always switching between two sources gives the chain of their mean ro
 
 TEST_CASE("what the generator writes has the entropy it claims") {
   for (const int64_t order : {1, 2}) {
-    const auto data = make("markov", 256, {{"sources", int64_t{3}}, {"states", int64_t{5}}, {"order", order}, {"prior_zipf", 1.0}});
+    const auto data = make("markov", 256,
+                           {{"sources", int64_t{3}}, {"states", int64_t{5}}, {"order", order}, {"prior_zipf", 1.0}});
     const double known = data->known_entropy_bits();
     // 1.2 million tokens, at most 3·25 contexts of 5 tokens: bias (300/2)/1.2e6/ln 2 = 2e-4 bits. The documents' labels are the
     // larger part: 4800 draws of three sources, whose rates differ by less than 1 bit, give 0.007.

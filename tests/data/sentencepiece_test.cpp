@@ -61,10 +61,21 @@ TEST_CASE("any bytes come back as they were") {
   std::string every, noise;
   for (int byte = 0; byte < 256; ++byte) every += static_cast<char>(byte);
   for (uint32_t i = 0; i < 20000; ++i) noise += static_cast<char>(i * i * 2654435761u >> 24);
-  const std::vector<std::string> texts{"", "\n", " ", "   two  spaces   ", "\n\n\n", wordy_text(5000, 9), every, noise,
-                                       "a sign \xe2\x96\x81 for a space, and one \xe2\x96\x85 for the unknown", "tab\tNUL\0\0!",
-                                       std::string("NUL\0NUL", 7), "caf\xc3\xa9 na\xc3\xafve \xe6\x97\xa5\xe6\x9c\xac", "cut \xe6\x97",
-                                       std::string(20000, 'k'), std::string(5000, 'k') + " " + std::string(5000, '\xc3')};
+  const std::vector<std::string> texts{"",
+                                       "\n",
+                                       " ",
+                                       "   two  spaces   ",
+                                       "\n\n\n",
+                                       wordy_text(5000, 9),
+                                       every,
+                                       noise,
+                                       "a sign \xe2\x96\x81 for a space, and one \xe2\x96\x85 for the unknown",
+                                       "tab\tNUL\0\0!",
+                                       std::string("NUL\0NUL", 7),
+                                       "caf\xc3\xa9 na\xc3\xafve \xe6\x97\xa5\xe6\x9c\xac",
+                                       "cut \xe6\x97",
+                                       std::string(20000, 'k'),
+                                       std::string(5000, 'k') + " " + std::string(5000, '\xc3')};
   for (const std::string& text : texts) {
     INFO(text.substr(0, 40));
     CHECK(joined(wordy_pieces(), wordy_pieces().encode(text)) == text);

@@ -32,7 +32,8 @@ std::vector<double> plain_linear(const Tensor& weight_OI, const Tensor& bias_O, 
 }
 
 // Parameters in the order of the contract: (w, b) of in, out, or of gate, up, down.
-std::vector<double> plain_ffn(const std::string& activation, const std::vector<Tensor>& p, bool bias, const std::vector<double>& x) {
+std::vector<double> plain_ffn(const std::string& activation, const std::vector<Tensor>& p, bool bias,
+                              const std::vector<double>& x) {
   const auto linear = [&](size_t map, const std::vector<double>& in) {
     return plain_linear(p[map * (bias ? 2 : 1)], bias ? p[map * 2 + 1] : Tensor(), in);
   };

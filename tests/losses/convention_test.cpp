@@ -196,8 +196,9 @@ TEST_CASE("1.3 GShard's second place in Mesh TensorFlow adds half of the same su
 
 TEST_CASE("1.3 default coefficients: those of the papers, a router's own before those of the loss") {
   const std::map<std::string, double> of_loss{
-      {"importance", 0.1},        {"load", 0.1},       {"balance", 1e-2},    {"z", 1e-3},          {"entropy", 1e-4},       {"distillation", 1},
-      {"stablemoe_balance", 0.3}, {"diversity", 1e-2}, {"simplicity", 1e-2}, {"efficiency", 1e-2}, {"dynmoe_balance", 1e-2}};
+      {"importance", 0.1},  {"load", 0.1},        {"balance", 1e-2},          {"z", 1e-3},
+      {"entropy", 1e-4},    {"distillation", 1},  {"stablemoe_balance", 0.3}, {"diversity", 1e-2},
+      {"simplicity", 1e-2}, {"efficiency", 1e-2}, {"dynmoe_balance", 1e-2}};
   for (const auto& [name, coefficient] : of_loss) {
     INFO(name);
     CHECK(Registry<LossEntry>::instance().find(name).coefficient == coefficient);

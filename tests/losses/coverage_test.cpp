@@ -1,5 +1,5 @@
-// The coverage loss of Mesh TensorFlow's expert choice (routers.md 3.3): mean_t(ā_t²)·S_true·S for each group of S places, of which
-// S_true are rows.
+// The coverage loss of Mesh TensorFlow's expert choice (routers.md 3.3): mean_t(ā_t²)·S_true·S for each group of S places, of
+// which S_true are rows.
 #include "core/select.h"
 #include "tests/losses/plain_losses.h"
 
@@ -35,7 +35,8 @@ double plain_coverage(const Rows& logits, const std::vector<int64_t>& key, doubl
     for (size_t e = 0; e < logits[0].size(); ++e) {
       double total = 0;
       for (const size_t t : rows) total += std::exp(logits[t][e]);
-      for (size_t i = 0; i < rows.size(); ++i) mean[i] += std::exp(logits[rows[i]][e]) / total / static_cast<double>(logits[0].size());
+      for (size_t i = 0; i < rows.size(); ++i)
+        mean[i] += std::exp(logits[rows[i]][e]) / total / static_cast<double>(logits[0].size());
     }
     double squares = 0;
     for (const double a : mean) squares += a * a / size;
@@ -50,12 +51,14 @@ double coverage_of(const Rows& logits, std::vector<int64_t> sequence = {}, const
   return value_of(*loss, input_of(rows, std::move(sequence)), decision_of_logits(tensor_of(logits)), 0).item<double>();
 }
 
-const Rows kCoverageLogits = {{.9, .1, -.4}, {-.2, 1.4, .8}, {.5, .4, -1.1}, {.2, -.6, .7}, {1.2, .3, .6}, {-.8, .9, 0}, {.3, -1.3, 2}};
+const Rows kCoverageLogits = {{.9, .1, -.4}, {-.2, 1.4, .8}, {.5, .4, -1.1}, {.2, -.6, .7},
+                              {1.2, .3, .6}, {-.8, .9, 0},   {.3, -1.3, 2}};
 const std::vector<int64_t> kCoverageSequence = {0, 1, 0, 0, 1, 0, 2};
 
 // Rows [from, to) of kCoverageLogits as a micro-batch with sequences of its own.
 LossStatistics coverage_part(const Loss& loss, size_t from, size_t to, LossScope scope = LossScope::kStep) {
-  const std::vector<int64_t> sequence(kCoverageSequence.begin() + static_cast<int64_t>(from), kCoverageSequence.begin() + static_cast<int64_t>(to));
+  const std::vector<int64_t> sequence(kCoverageSequence.begin() + static_cast<int64_t>(from),
+                                      kCoverageSequence.begin() + static_cast<int64_t>(to));
   const Rows logits(kCoverageLogits.begin() + static_cast<int64_t>(from), kCoverageLogits.begin() + static_cast<int64_t>(to));
   const RouteOutput out = decision_of_logits(from == to ? at::zeros({0, 3}, at::kDouble) : tensor_of(logits));
   const RouteInput in = input_of(static_cast<int64_t>(to - from), sequence);
@@ -79,8 +82,10 @@ TEST_CASE("3.3 coverage is 1 where rows are wanted alike, n where one row is, n/
 }
 
 TEST_CASE("Coverage equals plain loops over interleaved sequences, the whole micro-batch, and rows of equal position") {
-  CHECK_THAT(coverage_of(kCoverageLogits, kCoverageSequence), WithinAbs(plain_coverage(kCoverageLogits, kCoverageSequence), 1e-13));
-  CHECK_THAT(coverage_of(kCoverageLogits, kCoverageSequence, {{"group", std::string("micro")}}), WithinAbs(plain_coverage(kCoverageLogits, std::vector<int64_t>(7, 0)), 1e-13));
+  CHECK_THAT(coverage_of(kCoverageLogits, kCoverageSequence),
+             WithinAbs(plain_coverage(kCoverageLogits, kCoverageSequence), 1e-13));
+  CHECK_THAT(coverage_of(kCoverageLogits, kCoverageSequence, {{"group", std::string("micro")}}),
+             WithinAbs(plain_coverage(kCoverageLogits, std::vector<int64_t>(7, 0)), 1e-13));
   const auto loss = make_loss("coverage", {{"group", std::string("time_step")}});
   RouteInput in = input_of(7, kCoverageSequence);
   in.position_T = at::tensor(std::vector<int64_t>{0, 0, 1, 2, 1, 3, 0}, at::kLong);
@@ -89,13 +94,16 @@ TEST_CASE("Coverage equals plain loops over interleaved sequences, the whole mic
 }
 
 TEST_CASE("3.3 padding changes nothing: S_true·S·mean over S places is S_true times the sum over rows") {
-  CHECK_THAT(coverage_of(kCoverageLogits, kCoverageSequence), WithinAbs(plain_coverage(kCoverageLogits, kCoverageSequence, 5), 1e-13));
+  CHECK_THAT(coverage_of(kCoverageLogits, kCoverageSequence),
+             WithinAbs(plain_coverage(kCoverageLogits, kCoverageSequence, 5), 1e-13));
 }
 
 TEST_CASE("Coverage reads the noisy logits, or the clean ones where told so") {
   const Tensor clean_TE = tensor_of(kCoverageLogits), noisy_TE = clean_TE.mul(-2);
   const auto value = [&](const char* logits) {
-    return value_of(*make_loss("coverage", {{"logits", std::string(logits)}}), input_of(7), decision_of_logits(noisy_TE, clean_TE), 3).item<double>();
+    return value_of(*make_loss("coverage", {{"logits", std::string(logits)}}), input_of(7),
+                    decision_of_logits(noisy_TE, clean_TE), 3)
+        .item<double>();
   };
   const std::vector<int64_t> one(7, 0);
   CHECK_THAT(value("noisy"), WithinAbs(plain_coverage(rows_of(noisy_TE), one), 1e-13));
@@ -105,7 +113,9 @@ TEST_CASE("Coverage reads the noisy logits, or the clean ones where told so") {
 TEST_CASE("Coverage has the gradient of its finite differences, and none along a shift of all of an expert's logits") {
   const auto loss = make_loss("coverage");
   const Tensor logits_TE = tensor_of(kCoverageLogits).requires_grad_(true);
-  const auto value = [&](const Tensor& z_TE) { return value_of(*loss, input_of(7, kCoverageSequence), decision_of_logits(z_TE), 3); };
+  const auto value = [&](const Tensor& z_TE) {
+    return value_of(*loss, input_of(7, kCoverageSequence), decision_of_logits(z_TE), 3);
+  };
   value(logits_TE).backward();
   const Tensor expected = finite_differences([&](const Tensor& z_TE) { return value(z_TE).item<double>(); }, logits_TE);
   CHECK(relative_error(logits_TE.grad(), expected) < 1e-7);
@@ -166,7 +176,8 @@ TEST_CASE("Coverage counts the active experts alone") {
   const RouteInput in = input_of(7, kCoverageSequence);
   const auto loss = make_loss("coverage");
   const Growing router;
-  const double found = loss->value(collect_statistics(*loss, LossScope::kStep, {in, out, router, 3}).front(), router).item<double>();
+  const double found =
+      loss->value(collect_statistics(*loss, LossScope::kStep, {in, out, router, 3}).front(), router).item<double>();
   CHECK_THAT(found, WithinAbs(plain_coverage(two, kCoverageSequence), 1e-13));
 }
 

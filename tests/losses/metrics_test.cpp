@@ -179,7 +179,8 @@ TEST_CASE("A merge plan has no counts, but weights in the outputs and the entrop
   CHECK(record.weight_E == std::vector<double>{1, 2, 0, 0});
   const Metrics m = metrics_of(record);
   for (const auto& [name, value] : m)
-    CHECK(std::isnan(value) == (name != "router_entropy" && name != "weight_max_over_mean" && name != "weight_effective_experts"));
+    CHECK(std::isnan(value) ==
+          (name != "router_entropy" && name != "weight_max_over_mean" && name != "weight_effective_experts"));
   CHECK_THAT(m.at("router_entropy"), WithinAbs(2.0 / 3 * .5, 1e-12));
   CHECK_THAT(m.at("weight_max_over_mean"), WithinAbs(8.0 / 3, 1e-12));
   CHECK_THAT(m.at("weight_effective_experts"), WithinAbs(std::exp(std::log(3.0) - 2.0 / 3 * std::log(2.0)), 1e-12));

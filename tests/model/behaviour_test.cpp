@@ -11,8 +11,10 @@ using namespace moelab::test;
 namespace {
 
 std::string routed_by(const std::string& router, const std::string& more = "") {
-  return "[model]\nlayers = 3\nwidth = 8\nheads = 2\ncontext = 12\ndtype = \"float64\"\nmoe_layers = \"0,2\"\n[moe]\nexperts = 4\n"
-         "[moe.router]\nname = \"" + router + "\"\n" + more;
+  return "[model]\nlayers = 3\nwidth = 8\nheads = 2\ncontext = 12\ndtype = \"float64\"\nmoe_layers = \"0,2\"\n[moe]\nexperts = "
+         "4\n"
+         "[moe.router]\nname = \"" +
+         router + "\"\n" + more;
 }
 
 // The first `length[b]` columns of each sequence of a padded result, stacked.
@@ -55,7 +57,8 @@ TEST_CASE("a later token changes no earlier logit, in training and in evaluation
 }
 
 TEST_CASE("padding changes no logit, gradient or counter, whatever it holds") {
-  const std::string text = routed_by("noisy_topk", "[moe.capacity]\nmode = \"factor\"\norder = \"token_major\"\n[[loss]]\nname = \"z\"\nscope = \"sequence\"\n");
+  const std::string text = routed_by(
+      "noisy_topk", "[moe.capacity]\nmode = \"factor\"\norder = \"token_major\"\n[[loss]]\nname = \"z\"\nscope = \"sequence\"\n");
   const auto model = model_of(text);
   shake(*model);
   const Batch batch = random_batch(3, 8);
@@ -64,12 +67,14 @@ TEST_CASE("padding changes no logit, gradient or counter, whatever it holds") {
   CHECK(loose.rows() == 16);
   CHECK(loose.target_tokens() == 16);
   const StepContext context = context_of(Mode::kTrain);
-  CHECK(relative_error(real_rows(logits_of(*model, loose, context), length), real_rows(logits_of(*model, tight, context), length)) < 1e-12);
+  CHECK(relative_error(real_rows(logits_of(*model, loose, context), length),
+                       real_rows(logits_of(*model, tight, context), length)) < 1e-12);
   for (int64_t b = 0; b < 3; ++b) {  // each sequence alone
     Batch alone;
     alone.tokens_BL = batch.tokens_BL.narrow(0, b, 1).narrow(1, 0, length[b]);
     alone.sequence_B = batch.sequence_B.narrow(0, b, 1);
-    CHECK(relative_error(logits_of(*model, loose, context)[b].narrow(0, 0, length[b]), logits_of(*model, alone, context)[0]) < 1e-12);
+    CHECK(relative_error(logits_of(*model, loose, context)[b].narrow(0, 0, length[b]), logits_of(*model, alone, context)[0]) <
+          1e-12);
   }
   const double loss = loss_and_gradients(*model, tight, context);
   std::vector<Tensor> gradients;
@@ -113,7 +118,8 @@ TEST_CASE("a forced selection is replayed at its site") {
 }
 
 TEST_CASE("one expert and one token are enough") {
-  const auto model = model_of("[model]\nlayers = 1\nwidth = 4\nheads = 1\ncontext = 1\n[moe]\nexperts = 1\n[moe.router]\nk = 1\n", 1);
+  const auto model = model_of("[model]\nlayers = 1\nwidth = 4\nheads = 1\ncontext = 1\n[moe]\nexperts = 1\n[moe.router]\nk = 1\n",
+                              1);
   const Batch batch = random_batch(1, 1, 1);
   CHECK(loss_and_gradients(*model, batch, context_of(Mode::kTrain)) >= 0);
   CHECK(model->forward(batch, context_of(Mode::kEval)).sites[0].record.chosen_E == std::vector<int64_t>{1});

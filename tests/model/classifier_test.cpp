@@ -121,12 +121,15 @@ Vector plain_patches(const Model& model, const Tensor& image, bool class_token) 
     x.push_back(times(parameter_of(model, "patch.weight"), patch_of(image, p / 3, p % 3)));
     add_to(x.back(), vector_of(parameter_of(model, "patch.bias")));
   }
-  for (size_t t = 0; t < x.size(); ++t) add_to(x[t], vector_of(parameter_of(model, "position_embedding.weight")[static_cast<int64_t>(t)]));
+  for (size_t t = 0; t < x.size(); ++t)
+    add_to(x[t], vector_of(parameter_of(model, "position_embedding.weight")[static_cast<int64_t>(t)]));
   for (const std::string block : {"layers.0.", "layers.1."}) {
-    const Matrix attended = plain_attention(model, block, norms_of(x, parameter_of(model, block + "norm_attention")), 2, /*causal=*/false);
+    const Matrix attended = plain_attention(model, block, norms_of(x, parameter_of(model, block + "norm_attention")), 2,
+                                            /*causal=*/false);
     for (size_t t = 0; t < x.size(); ++t) add_to(x[t], attended[t]);
     if (block == "layers.0.") {
-      for (Vector& row : x) add_to(row, swiglu(model, "layers.0.dense.", 0, normed(row, parameter_of(model, "layers.0.norm_dense"))));
+      for (Vector& row : x)
+        add_to(row, swiglu(model, "layers.0.dense.", 0, normed(row, parameter_of(model, "layers.0.norm_dense"))));
     } else {
       const Matrix y = plain_soft_moe(model, "layers.1.moe.", norms_of(x, parameter_of(model, "layers.1.norm_moe")), 2);
       for (size_t t = 0; t < x.size(); ++t) add_to(x[t], y[t]);
@@ -166,12 +169,14 @@ std::string refused(const DataShape& data, const std::string& text) {
 
 TEST_CASE("a patch classifier with soft MoE equals plain loops, image by image") {
   const bool class_token = GENERATE(false, true);
-  const auto model = model_for(kImages, patches_text("soft_moe", "slots_per_expert = 2\n", class_token ? "readout = \"class\"\n" : ""));
+  const auto model = model_for(kImages,
+                               patches_text("soft_moe", "slots_per_expert = 2\n", class_token ? "readout = \"class\"\n" : ""));
   shake(*model);
   const Batch batch = random_samples(kImages, 3);
   const Tensor logits_BLV = logits_of(*model, batch, context_of(GENERATE(Mode::kTrain, Mode::kEval)));
   REQUIRE(logits_BLV.sizes() == at::IntArrayRef({3, 1, 5}));
-  for (int64_t b = 0; b < 3; ++b) check_logits(logits_BLV[b], plain_patches(*model, batch.values[b].to(at::kDouble), class_token));
+  for (int64_t b = 0; b < 3; ++b)
+    check_logits(logits_BLV[b], plain_patches(*model, batch.values[b].to(at::kDouble), class_token));
 }
 
 TEST_CASE("a classifier of vectors equals plain loops, and its loss is their mean negative log probability") {
@@ -199,9 +204,11 @@ TEST_CASE("each image is a group of its own: neither the other images nor their 
   shake(*model);
   const Batch batch = random_samples(kImages, 4);
   const Tensor logits_BLV = logits_of(*model, batch, context_of(mode)), turned_B = at::tensor({2, 0, 3, 1}, at::kLong);
-  CHECK(relative_error(logits_of(*model, in_order(batch, turned_B), context_of(mode)), logits_BLV.index_select(0, turned_B)) < 1e-12);
+  CHECK(relative_error(logits_of(*model, in_order(batch, turned_B), context_of(mode)), logits_BLV.index_select(0, turned_B)) <
+        1e-12);
   for (int64_t b = 0; b < 4; ++b)
-    CHECK(relative_error(logits_of(*model, in_order(batch, at::tensor({b}, at::kLong)), context_of(mode))[0], logits_BLV[b]) < 1e-12);
+    CHECK(relative_error(logits_of(*model, in_order(batch, at::tensor({b}, at::kLong)), context_of(mode))[0], logits_BLV[b]) <
+          1e-12);
 }
 
 TEST_CASE("a patch is told by its place: exchanging two patches changes the prediction, in every router") {
@@ -256,7 +263,8 @@ TEST_CASE("one expert is a dense layer, and one image is enough") {
       entry.tensor.copy_(parameter_of(*routed, name));
     }
     const Batch batch = random_samples(shape, 1);
-    CHECK(relative_error(logits_of(*routed, batch, context_of(Mode::kEval)), logits_of(*dense, batch, context_of(Mode::kEval))) < 1e-12);
+    CHECK(relative_error(logits_of(*routed, batch, context_of(Mode::kEval)), logits_of(*dense, batch, context_of(Mode::kEval))) <
+          1e-12);
   }
 }
 
@@ -264,18 +272,25 @@ TEST_CASE("routers and capacities that look ahead are no matter for a model with
   CHECK(refused(kImages, patches_text("soft_moe")).empty());
   CHECK(refused(kImages, patches_text("base", "eval = \"greedy\"\n")).empty());
   CHECK(refused(kVectors, mlp_text("smear")).empty());
-  const auto model = model_for(kImages, patches_text("vmoe", "k = 2\n[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\norder = \"k_major\"\n"
-                                                             "[moe.capacity.eval]\nfactor = 0.5\n"));
+  const auto model = model_for(
+      kImages, patches_text("vmoe",
+                            "k = 2\n[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\norder = \"k_major\"\n"
+                            "[moe.capacity.eval]\nfactor = 0.5\n"));
   CHECK(model->training_sees_future().empty());
   CHECK(model->forward(random_samples(kImages, 2), context_of(Mode::kEval)).sites.at(0).record.dropped > 0);
 }
 
 TEST_CASE("what belongs to another model, or does not fit the images, is refused at its place") {
-  CHECK_THAT(refused(kImages, "[model]\nname = \"patches\"\ncontext = 3\n"), ContainsSubstring("tiny.toml:3:") && ContainsSubstring("unknown key 'context'"));
-  CHECK_THAT(refused(kVectors, "[model]\nname = \"mlp\"\nheads = 3\n"), ContainsSubstring("tiny.toml:3:") && ContainsSubstring("unknown key 'heads'"));
-  CHECK_THAT(refused(kImages, "[model]\nname = \"patches\"\npatch = 4\n"), ContainsSubstring("tiny.toml:3:") && ContainsSubstring("patch = 4 does not divide images of 4 × 6"));
-  CHECK_THAT(refused(kImages, "[model]\nname = \"pathces\"\n"), ContainsSubstring("tiny.toml:2:") && ContainsSubstring("did you mean 'patches'?"));
-  CHECK_THAT(refused(kImages, "[model]\nname = \"patches\"\npatch = 2\nwidth = 8\nheads = 3\n"), ContainsSubstring("is not divisible by heads = 3"));
+  CHECK_THAT(refused(kImages, "[model]\nname = \"patches\"\ncontext = 3\n"),
+             ContainsSubstring("tiny.toml:3:") && ContainsSubstring("unknown key 'context'"));
+  CHECK_THAT(refused(kVectors, "[model]\nname = \"mlp\"\nheads = 3\n"),
+             ContainsSubstring("tiny.toml:3:") && ContainsSubstring("unknown key 'heads'"));
+  CHECK_THAT(refused(kImages, "[model]\nname = \"patches\"\npatch = 4\n"),
+             ContainsSubstring("tiny.toml:3:") && ContainsSubstring("patch = 4 does not divide images of 4 × 6"));
+  CHECK_THAT(refused(kImages, "[model]\nname = \"pathces\"\n"),
+             ContainsSubstring("tiny.toml:2:") && ContainsSubstring("did you mean 'patches'?"));
+  CHECK_THAT(refused(kImages, "[model]\nname = \"patches\"\npatch = 2\nwidth = 8\nheads = 3\n"),
+             ContainsSubstring("is not divisible by heads = 3"));
   CHECK_THAT(refused(kImages, patches_text("hash")), ContainsSubstring("router 'hash' needs token ids"));
   CHECK(refused(kImages, "[model]\nname = \"patches\"\npatch = 2\nwidth = 6\nheads = 2\n").empty());  // odd heads turn nothing
 }
@@ -293,9 +308,11 @@ TEST_CASE("parameters of the classifiers have their names, and counts and FLOPs 
   std::map<std::string, std::vector<int64_t>> shapes;
   for (const NamedTensor& entry : model->parameters()) shapes[entry.name] = entry.tensor.sizes().vec();
   CHECK((shapes["patch.weight"] == std::vector<int64_t>{8, 8} && shapes["patch.bias"] == std::vector<int64_t>{8}));
-  CHECK((shapes["class_embedding.weight"] == std::vector<int64_t>{1, 8} && shapes["position_embedding.weight"] == std::vector<int64_t>{7, 8}));
+  CHECK((shapes["class_embedding.weight"] == std::vector<int64_t>{1, 8} &&
+         shapes["position_embedding.weight"] == std::vector<int64_t>{7, 8}));
   CHECK((shapes["head.weight"] == std::vector<int64_t>{5, 8} && shapes["head.bias"] == std::vector<int64_t>{5}));
-  // patches 8·8 + 8, class 8, positions 7·8; per block attention 4·64, norms 2·8; dense 3·6·8; router 3·8, experts 3·3·5·8; norm 8, head 5·8 + 5
+  // patches 8·8 + 8, class 8, positions 7·8; per block attention 4·64, norms 2·8; dense 3·6·8; router 3·8, experts 3·3·5·8; norm
+  // 8, head 5·8 + 5
   const int64_t shared = 72 + 8 + 56 + 2 * (256 + 16) + 144 + 24 + 8 + 45;
   CHECK(model->parameter_count() == shared + 360);
   CHECK(model->active_parameters() == shared + 240);
@@ -319,7 +336,8 @@ TEST_CASE("recomputation and replayed choices change nothing in a classifier") {
   StepContext context = context_of(Mode::kTrain);
   const double loss = loss_and_gradients(*model, batch, context);
   std::vector<Tensor> gradients;
-  for (const NamedTensor& entry : model->parameters()) gradients.push_back(entry.tensor.grad().defined() ? entry.tensor.grad().clone() : Tensor());
+  for (const NamedTensor& entry : model->parameters())
+    gradients.push_back(entry.tensor.grad().defined() ? entry.tensor.grad().clone() : Tensor());
   context.recompute = true;
   CHECK(loss_and_gradients(*model, batch, context) == loss);
   size_t i = 0;

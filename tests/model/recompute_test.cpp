@@ -14,7 +14,8 @@ std::string recomputed_model(const std::string& router, const std::string& dtype
   return "[model]\nlayers = 3\nwidth = 8\nheads = 2\ncontext = 12\nmoe_layers = \"1,2\"\ndtype = \"" + dtype +
          "\"\n[moe]\nexperts = 4\n[moe.router]\nname = \"" + router +
          "\"\n[moe.shared]\ncount = 1\nwidth = 3\ngate = true\n[moe.capacity]\nmode = \"factor\"\norder = \"token_major\"\n"
-         "[[loss]]\nname = \"balance\"\n[[loss]]\nname = \"z\"\nscope = \"sequence\"\n[[loss]]\nname = \"importance\"\nscope = \"micro\"\n";
+         "[[loss]]\nname = \"balance\"\n[[loss]]\nname = \"z\"\nscope = \"sequence\"\n[[loss]]\nname = \"importance\"\nscope = "
+         "\"micro\"\n";
 }
 
 struct Outcome {

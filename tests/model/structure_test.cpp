@@ -38,7 +38,8 @@ std::string with_model_key(const std::string& line) {
 }
 
 std::string with_router(const std::string& router, const std::string& more = "") {
-  return "[model]\nlayers = 2\nwidth = 8\nheads = 2\ncontext = 8\n[moe]\nexperts = 3\n[moe.router]\nname = \"" + router + "\"\n" + more;
+  return "[model]\nlayers = 2\nwidth = 8\nheads = 2\ncontext = 8\n[moe]\nexperts = 3\n[moe.router]\nname = \"" + router + "\"\n" +
+         more;
 }
 
 // Parameters of the feed-forward parts alone, routers not counted.
@@ -130,29 +131,38 @@ k = 4
   const auto k = [&](size_t s) { return sites[s]->router->spec().k(); };
   CHECK((k(0) == 2 && k(1) == 3 && k(2) == 2 && k(3) == 4));
   CHECK((sites[2]->bank->experts() == 4 && sites[3]->bank->experts() == 5));
-  CHECK((sites[0]->losses.at(0).label == "balance" && sites[1]->losses.at(0).label == "z" && sites[3]->losses.at(0).label == "z"));
+  CHECK(
+      (sites[0]->losses.at(0).label == "balance" && sites[1]->losses.at(0).label == "z" && sites[3]->losses.at(0).label == "z"));
 }
 
 TEST_CASE("what does not fit is refused with its place and a remedy") {
-  CHECK_THAT(refusal_of("[model]\nwidth = 8\nheads = 3\n"), ContainsSubstring("tiny.toml:3:") && ContainsSubstring("width = 8 is not divisible by heads = 3"));
+  CHECK_THAT(refusal_of("[model]\nwidth = 8\nheads = 3\n"),
+             ContainsSubstring("tiny.toml:3:") && ContainsSubstring("width = 8 is not divisible by heads = 3"));
   CHECK_THAT(refusal_of("[model]\nwidth = 6\nheads = 2\n"), ContainsSubstring("tiny.toml:3:") && ContainsSubstring("is odd"));
-  CHECK_THAT(refusal_of("[model]\nlayers = 2\nmoe_layers = \"1,2\"\n"), ContainsSubstring("there is no block 2") && ContainsSubstring("0 to 1"));
-  CHECK_THAT(refusal_of("[model]\nmoe_layers = \"od\"\n"), ContainsSubstring("tiny.toml:2:") && ContainsSubstring("'od' names no blocks"));
+  CHECK_THAT(refusal_of("[model]\nlayers = 2\nmoe_layers = \"1,2\"\n"),
+             ContainsSubstring("there is no block 2") && ContainsSubstring("0 to 1"));
+  CHECK_THAT(refusal_of("[model]\nmoe_layers = \"od\"\n"),
+             ContainsSubstring("tiny.toml:2:") && ContainsSubstring("'od' names no blocks"));
   CHECK_THAT(refusal_of("[model]\nwidht = 6\n"), ContainsSubstring("did you mean 'width'?"));
-  CHECK_THAT(refusal_of("[[layer]]\nwhere = \"all\"\nexperts = 3\n"), ContainsSubstring("tiny.toml:3:") && ContainsSubstring("experts"));
+  CHECK_THAT(refusal_of("[[layer]]\nwhere = \"all\"\nexperts = 3\n"),
+             ContainsSubstring("tiny.toml:3:") && ContainsSubstring("experts"));
   CHECK_THAT(refusal_of("[[layer]]\n[layer.moe]\nexperts = 3\n"), ContainsSubstring("needs `where`"));
-  CHECK_THAT(refusal_of("[model]\nmoe_layers = \"odd\"\n[[layer]]\nwhere = \"even\"\n"), ContainsSubstring("tiny.toml:4:") && ContainsSubstring("no block with experts"));
+  CHECK_THAT(refusal_of("[model]\nmoe_layers = \"odd\"\n[[layer]]\nwhere = \"even\"\n"),
+             ContainsSubstring("tiny.toml:4:") && ContainsSubstring("no block with experts"));
 }
 
 TEST_CASE("looking ahead is refused where it is written, in training unless allowed") {
   const std::string major = with_router("softmax_topk", "[moe.capacity]\nmode = \"factor\"\norder = \"k_major\"\n");
   const std::string refusal = refusal_of(major);
   CHECK_THAT(refusal, ContainsSubstring("tiny.toml:12:") && ContainsSubstring("layer 0") && ContainsSubstring("'softmax_topk'"));
-  CHECK_THAT(refusal, ContainsSubstring("in training") && ContainsSubstring("token_major") && ContainsSubstring("allow_noncausal_training"));
+  CHECK_THAT(refusal, ContainsSubstring("in training") && ContainsSubstring("token_major") &&
+                          ContainsSubstring("allow_noncausal_training"));
   const auto allowed = model_of(major, 11, true);
   CHECK_THAT(allowed->training_sees_future().at(1), ContainsSubstring("layers.1.moe: ") && ContainsSubstring("first choice"));
   CHECK_THAT(refusal_of(major + "[moe.capacity.eval]\npriority = \"batch\"\n", true),
              ContainsSubstring("tiny.toml:14:") && ContainsSubstring("in evaluation"));
-  CHECK(model_of(with_router("softmax_topk", "[moe.capacity]\nmode = \"factor\"\norder = \"token_major\"\n"))->training_sees_future().empty());
+  CHECK(model_of(with_router("softmax_topk", "[moe.capacity]\nmode = \"factor\"\norder = \"token_major\"\n"))
+            ->training_sees_future()
+            .empty());
   CHECK(refusal_of(with_router("switch", "[moe.capacity]\nmode = \"paper\"\n")).empty());  // one choice: position order is causal
 }

@@ -23,7 +23,8 @@ const Registration<RouterEntry> registration_first_expert{{
     .title = "Every row takes expert 0",
     .citation = "a test's",
     .equation = "y = f_0(x)",
-    .facts = {.learned = false, .differentiable_gate = false, .permutation_equivariant = false, .fixed_k = 1, .has_scores = false},
+    .facts =
+        {.learned = false, .differentiable_gate = false, .permutation_equivariant = false, .fixed_k = 1, .has_scores = false},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<FirstExpertRouter>(std::move(spec)); },
 }};
 

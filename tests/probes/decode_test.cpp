@@ -15,7 +15,9 @@ namespace {
 class RunningSumRouter : public Router {
  public:
   explicit RunningSumRouter(const RouterSpec& spec)
-      : Router(spec), weight_ED_(add_parameter("weight", normal_tensor(spec.init.with("weight"), {spec.max_experts, spec.width}, 0.5, spec.dtype))) {}
+      : Router(spec),
+        weight_ED_(
+            add_parameter("weight", normal_tensor(spec.init.with("weight"), {spec.max_experts, spec.width}, 0.5, spec.dtype))) {}
 
   RouteOutput route(const RouteInput& in, RouteState& state) const override {
     Tensor& sum_B = state.kept["sum"];
@@ -66,7 +68,8 @@ name = "test_running_sum"
   context.mode = Mode::kEval;
   context.seed = 1;
   const Tensor full_BLV = model->forward(batch, context).logits_BLV.detach();
-  for (const std::vector<int64_t>& calls : {std::vector<int64_t>{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {5, 1, 1, 1, 1, 1, 1, 1}, {3, 4, 5}}) {
+  for (const std::vector<int64_t>& calls :
+       {std::vector<int64_t>{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {5, 1, 1, 1, 1, 1, 1, 1}, {3, 4, 5}}) {
     DecodeState state;
     for (const int64_t length : calls) {
       const Tensor logits_BV = model->decode(tokens_BL.narrow(1, state.position, length), state);

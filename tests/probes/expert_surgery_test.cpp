@@ -44,7 +44,9 @@ class SurgeryRouter : public LinearRouter {
   explicit SurgeryRouter(const RouterSpec& spec)
       : LinearRouter(spec, at::randn({spec.max_experts, spec.width}).mul(0.5), {.kind = NoiseSpec::Kind::kNone}) {}
 
-  RouteOutput route(const RouteInput& in, RouteState&) const override { return route_topk(in, score(in), 2, SoftmaxOver::kChosen); }
+  RouteOutput route(const RouteInput& in, RouteState&) const override {
+    return route_topk(in, score(in), 2, SoftmaxOver::kChosen);
+  }
 
   std::vector<Event> end_step(const std::map<std::string, Tensor>&, int64_t step) override {
     if (step != 2 && step != 5) return {};
@@ -90,7 +92,9 @@ const std::string kStacked = "layers.0.moe.experts.w_in", kRows = "layers.0.moe.
 
 struct EventLog : Observer {
   std::vector<int64_t> steps, experts;
-  void on_event(const std::string&, const Event& event, int64_t step) override { steps.push_back(step), experts.push_back(event.expert); }
+  void on_event(const std::string&, const Event& event, int64_t step) override {
+    steps.push_back(step), experts.push_back(event.expert);
+  }
 };
 
 }  // namespace

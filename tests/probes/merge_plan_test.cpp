@@ -12,7 +12,8 @@ TEST_CASE("a merge plan runs each group through the mixture of its experts' para
   std::mt19937_64 draw(23);
   const int64_t groups = 3, experts = 4, rows = 7, width = 3;
   const auto bank = ffn_bank(width, experts, 5, "gelu", true, at::kDouble);
-  const Tensor scores_GE = random_leaf(draw, {groups, experts}, at::kDouble), x_TD = random_leaf(draw, {rows, width}, at::kDouble);
+  const Tensor scores_GE = random_leaf(draw, {groups, experts}, at::kDouble),
+               x_TD = random_leaf(draw, {rows, width}, at::kDouble);
   const Tensor group_T = at::tensor({2, 0, 0, 2, 1, 0, 2}, at::kLong);  // groups need not be contiguous
   const MergePlan plan{.alpha_GE = scores_GE.softmax(1), .group_of_token_T = group_T};
   validate(plan, rows, experts);

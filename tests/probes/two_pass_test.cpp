@@ -58,7 +58,9 @@ class TwoPassObjective : public Objective {
 };
 
 const Registration<ObjectiveEntry> two_pass_registration{
-    {.name = "two_pass_probe", .title = "", .equation = "", .make = [](const Options&) { return std::make_unique<TwoPassObjective>(); }}};
+    {.name = "two_pass_probe", .title = "", .equation = "", .make = [](const Options&) {
+       return std::make_unique<TwoPassObjective>();
+     }}};
 
 // The same by hand over the whole batch: CV² of the gates' sums, averaged over the passes before it is formed.
 struct TwoPassByHand {
@@ -75,7 +77,9 @@ TwoPassByHand two_passes_by_hand(const Model& model, const Batch& batch, StepCon
   const Tensor mean = importance_E.mean();
   const Tensor importance = (importance_E - mean).square().mean() / mean.square();
   const auto targets = static_cast<double>(batch.target_tokens());
-  const Tensor task = (cross_entropy_sum(first.logits_BLV, batch.targets_BL) + cross_entropy_sum(second.logits_BLV, batch.targets_BL)) / (2 * targets);
+  const Tensor task = (cross_entropy_sum(first.logits_BLV, batch.targets_BL) +
+                       cross_entropy_sum(second.logits_BLV, batch.targets_BL)) /
+                      (2 * targets);
   const Tensor divergence = symmetric_divergence(first.logits_BLV, second.logits_BLV) / targets;
   const Tensor total = task + divergence * 0.1 + importance * 0.5;
   total.backward();

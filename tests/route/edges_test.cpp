@@ -43,7 +43,11 @@ TEST_CASE("route of padding alone is route of no rows") {
 
 TEST_CASE("route with one expert, and with as many choices as experts") {
   for (const std::string router : {"noisy_topk", "softmax_topk", "switch", "gshard"}) {
-    Layer one{.router = router, .experts = 1, .k = 1, .second_expert = "all", .losses = {{"load", 0.2}, {"importance", 0.3}, {"balance", 0.1}}};
+    Layer one{.router = router,
+              .experts = 1,
+              .k = 1,
+              .second_expert = "all",
+              .losses = {{"load", 0.2}, {"importance", 0.3}, {"balance", 0.1}}};
     expect_agreement(one, random_inputs(one));
   }
   Layer all{.router = "noisy_topk", .experts = 3, .k = 3, .losses = {{"load", 0.2}, {"importance", 0.3}}};

@@ -17,7 +17,8 @@ namespace {
 
 const Layer kPlain{.router = "softmax_topk", .width = 3};
 
-void refused(const Layer& layer, const std::vector<NamedTensor>& tensors, const std::string& arguments, int code, const std::string& line) {
+void refused(const Layer& layer, const std::vector<NamedTensor>& tensors, const std::string& arguments, int code,
+             const std::string& line) {
   const RouteFolder folder;
   folder.write("exp.toml", toml_of(layer));
   write_safetensors(folder.file("in.safetensors"), tensors);
@@ -58,14 +59,17 @@ std::vector<double> ones(size_t count) { return std::vector<double>(count, 1.0);
 }  // namespace
 
 TEST_CASE("route refuses an unknown tensor and names the nearest") {
-  refused(with("router.wieght", {{4, 4}, ones(16)}), "'in.safetensors': unknown tensor 'router.wieght', did you mean 'router.weight'?");
-  refused(with("experts.w_gate", {{4, 3, 4}, ones(48)}), "'in.safetensors': unknown tensor 'experts.w_gate', did you mean 'experts.w_out'?");
+  refused(with("router.wieght", {{4, 4}, ones(16)}),
+          "'in.safetensors': unknown tensor 'router.wieght', did you mean 'router.weight'?");
+  refused(with("experts.w_gate", {{4, 3, 4}, ones(48)}),
+          "'in.safetensors': unknown tensor 'experts.w_gate', did you mean 'experts.w_out'?");
 }
 
 TEST_CASE("route refuses a wrong shape, naming the tensor, what it is and what it should be") {
   refused(with("router.weight", {{4, 3}, ones(12)}), "'in.safetensors': tensor 'router.weight' has shape [4, 3], wanted [4, 4]");
   refused(with("positions", {{5}, ones(5)}), "'in.safetensors': tensor 'positions' has shape [5], wanted [T] = [12]");
-  refused(with("grad_y", {{12, 3}, ones(36)}), "'in.safetensors': tensor 'grad_y' has shape [12, 3], wanted [T, D] = [12, 4]", "--grad");
+  refused(with("grad_y", {{12, 3}, ones(36)}), "'in.safetensors': tensor 'grad_y' has shape [12, 3], wanted [T, D] = [12, 4]",
+          "--grad");
   refused(with("x", {{48}, ones(48)}), "'in.safetensors': tensor 'x' has shape [48], wanted [T, D] with D > 0");
 }
 
@@ -73,7 +77,8 @@ TEST_CASE("route refuses noise of a wrong shape where it is used") {
   const Layer noisy{.router = "noisy_topk"};
   Arrays arrays = random_inputs(noisy);
   arrays["noise"] = {{12, 3}, ones(36)};
-  refused(noisy, file_tensors(arrays), "--train", 2, "'in.safetensors': tensor 'noise' has shape [12, 3], wanted [T, 4] = [12, 4]");
+  refused(noisy, file_tensors(arrays), "--train", 2,
+          "'in.safetensors': tensor 'noise' has shape [12, 3], wanted [T, 4] = [12, 4]");
   const Layer gshard{.router = "gshard"};
   arrays = random_inputs(gshard);
   arrays["noise"] = {{5}, ones(5)};
@@ -81,7 +86,8 @@ TEST_CASE("route refuses noise of a wrong shape where it is used") {
 }
 
 TEST_CASE("route refuses types that do not fit") {
-  refused(kPlain, retyped("router.weight", at::kFloat), "", 2, "'in.safetensors': tensor 'router.weight' is float32, wanted float64 as x");
+  refused(kPlain, retyped("router.weight", at::kFloat), "", 2,
+          "'in.safetensors': tensor 'router.weight' is float32, wanted float64 as x");
   refused(kPlain, retyped("sequence_ids", at::kInt), "", 2, "'in.safetensors': tensor 'sequence_ids' is int32, wanted int64");
   refused(kPlain, retyped("x", at::kHalf), "", 2, "'in.safetensors': tensor 'x' is float16, wanted float32 or float64");
   refused(kPlain, retyped("padding", at::kLong), "", 2, "'in.safetensors': tensor 'padding' is int64, wanted bool or uint8");
@@ -101,7 +107,8 @@ TEST_CASE("route says what is missing") {
 }
 
 TEST_CASE("route refuses values that no position has, and a file that is damaged") {
-  refused(with("positions", {{12}, std::vector<double>(12, -1.0)}), "'in.safetensors': tensor 'positions' holds a value outside 0 … 2147483647");
+  refused(with("positions", {{12}, std::vector<double>(12, -1.0)}),
+          "'in.safetensors': tensor 'positions' holds a value outside 0 … 2147483647");
   const RouteFolder folder;
   folder.write("exp.toml", toml_of(kPlain));
   folder.write("in.safetensors", "short");
@@ -136,7 +143,9 @@ TEST_CASE("route ignores noise that the mode does not use, with one warning") {
   eval.train = false;
   const RouteRun run = run_layer(eval, arrays);
   CHECK(run.code == 0);
-  CHECK(run.err == "moelab: warning: 'in.safetensors': noise and noise.capacity ignored, router 'noisy_topk' draws nothing of the kind in evaluation mode\n");
+  CHECK(run.err ==
+        "moelab: warning: 'in.safetensors': noise and noise.capacity ignored, router 'noisy_topk' draws nothing of the kind in "
+        "evaluation mode\n");
   arrays.erase("noise.capacity");
   CHECK(run_layer(noisy, arrays).err.empty());
 }

@@ -38,7 +38,8 @@ struct Form {
 
 TEST_CASE("route agrees with plain loops for noisy_topk in two levels: of 2 × 3, all groups, whole groups, groups of one") {
   uint64_t seed = 1;
-  for (const Form& form : {Form{6, 2, 1, 2}, Form{6, 3, 2, 1}, Form{6, 2, 2, 2}, Form{6, 3, 2, 2}, Form{4, 2, 2, 2}, Form{4, 4, 2, 1}})
+  for (const Form& form :
+       {Form{6, 2, 1, 2}, Form{6, 3, 2, 1}, Form{6, 2, 2, 2}, Form{6, 3, 2, 2}, Form{4, 2, 2, 2}, Form{4, 4, 2, 1}})
     agree_two_levels({.experts = form.experts, .k = form.k, .groups = form.groups, .k_groups = form.k_groups}, ++seed);
 }
 
@@ -51,7 +52,8 @@ TEST_CASE("route agrees with plain loops for noisy_topk in two levels with drops
 
 TEST_CASE("route agrees with plain loops for noisy_topk in two levels with other noise") {
   for (const std::string kind : {"normal", "jitter", "none"})
-    agree_two_levels({.experts = 6, .k = 1, .groups = 2, .k_groups = 1, .noise = kind, .noise_std = 0.8, .noise_epsilon = 0.4}, 21);
+    agree_two_levels({.experts = 6, .k = 1, .groups = 2, .k_groups = 1, .noise = kind, .noise_std = 0.8, .noise_epsilon = 0.4},
+                     21);
   agree_two_levels({.experts = 6, .k = 1, .groups = 2, .k_groups = 1, .noise_epsilon = 0.05}, 22);
 }
 

@@ -85,7 +85,8 @@ Dual activate(const std::string& name, Dual a) {
 }
 
 // weight·x, with the bias where there is one.
-Vec linear(const Layer& layer, const Inputs& in, const std::string& prefix, const std::string& map, int64_t expert, const Vec& x) {
+Vec linear(const Layer& layer, const Inputs& in, const std::string& prefix, const std::string& map, int64_t expert,
+           const Vec& x) {
   const Mat weight = in.matrix(prefix + ".w_" + map, expert);
   Vec out;
   for (const Vec& row : weight) out.push_back(dot(row, x));
@@ -194,7 +195,8 @@ Result evaluate(const Layer& layer, const Arrays& arrays, const std::string& see
   write_output(layer, in, rows, decision, result);
   write_probes(layer, in, rows, decision, result);
   for (size_t t = 0; in.has("grad_y") && t < result.y.size(); ++t)
-    for (size_t j = 0; j < result.y[t].size(); ++j) result.objective += result.y[t][j] * in.at("grad_y", t * result.y[t].size() + j);
+    for (size_t j = 0; j < result.y[t].size(); ++j)
+      result.objective += result.y[t][j] * in.at("grad_y", t * result.y[t].size() + j);
   for (const LossCase& loss : layer.losses) {
     const Dual value = loss_value(loss, layer, rows, decision);
     result.loss[loss.label.empty() ? loss.name : loss.label] = value;

@@ -143,7 +143,9 @@ int64_t places(const Layer& layer, int64_t n, int64_t k) {
   if (c.mode == "none") return n;
   if (c.mode == "absolute") return c.value;
   const double share = static_cast<double>(n) * c.factor;
-  const double wanted = c.mode == "token_fraction" ? share : share * static_cast<double>(c.times_k ? k : 1) / static_cast<double>(layer.experts);
+  const double wanted = c.mode == "token_fraction"
+                            ? share
+                            : share * static_cast<double>(c.times_k ? k : 1) / static_cast<double>(layer.experts);
   int64_t count = std::max(static_cast<int64_t>(rounded(wanted, c.round)), c.min);
   while (count % c.multiple_of != 0) ++count;
   return std::min(count, n);
@@ -175,7 +177,8 @@ std::vector<Pair> all_pairs(const Decision& d, const std::vector<size_t>& rows, 
 }
 
 // The pairs of one scope in the order in which they are served.
-std::vector<Pair> queue_of(const Layer& layer, const Inputs& in, const Rows& rows, const Decision& d, const std::vector<size_t>& scope) {
+std::vector<Pair> queue_of(const Layer& layer, const Inputs& in, const Rows& rows, const Decision& d,
+                           const std::vector<size_t>& scope) {
   const bool k_major = layer.capacity.order == "k_major";
   const std::string& priority = layer.capacity.priority;
   const auto largest = [&](size_t t) {

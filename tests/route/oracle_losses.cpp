@@ -114,7 +114,8 @@ Dual loss_value(const LossCase& loss, const Layer& layer, const Rows& rows, cons
   for (size_t t = 0; t < rows.count(); ++t) scopes[loss.scope == "sequence" ? rows.sequence[t] : 0].push_back(t);
   Dual sum;
   for (const std::vector<size_t>& of : scopes)
-    sum += value_over(loss, layer, d, of) * Dual(static_cast<double>(of.size()) / static_cast<double>(std::max<size_t>(1, rows.count())));
+    sum += value_over(loss, layer, d, of) *
+           Dual(static_cast<double>(of.size()) / static_cast<double>(std::max<size_t>(1, rows.count())));
   return sum;
 }
 

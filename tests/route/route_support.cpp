@@ -35,7 +35,8 @@ std::string router_keys(const Layer& layer) {
   if (has_own_oracle(layer)) return method_keys(layer);
   std::string text = fmt::format("name = \"{}\"\n", layer.router);
   if (layer.router == "gshard") {
-    text += fmt::format("{} = \"{}\"\nthreshold = {:.17g}\n", layer.train ? "second_expert" : "second_expert_eval", layer.second_expert, layer.threshold);
+    text += fmt::format("{} = \"{}\"\nthreshold = {:.17g}\n", layer.train ? "second_expert" : "second_expert_eval",
+                        layer.second_expert, layer.threshold);
   } else if (layer.router != "switch") {
     text += fmt::format("k = {}\n", layer.k);
   }
@@ -54,7 +55,8 @@ std::string noise_keys(const Layer& layer) {
 }
 
 std::string loss_table(const oracle::LossCase& loss) {
-  std::string text = fmt::format("[[loss]]\nname = \"{}\"\ncoefficient = {:.17g}\nscope = \"{}\"\n", loss.name, loss.coefficient, loss.scope);
+  std::string text = fmt::format("[[loss]]\nname = \"{}\"\ncoefficient = {:.17g}\nscope = \"{}\"\n", loss.name, loss.coefficient,
+                                 loss.scope);
   if (!loss.label.empty()) text += fmt::format("label = \"{}\"\n", loss.label);
   for (const auto& [key, word] : loss.options)
     text += toml_line(key, word);
@@ -265,9 +267,11 @@ std::string toml_of(const Layer& layer) {
   std::string text = fmt::format("[moe]\nexperts = {}\nmax_experts = {}\n", active, layer.experts);
   if (layer.losses.empty()) text += "losses = \"none\"\n";
   text += "[moe.router]\n" + router_keys(layer) + "[moe.noise]\n" + noise_keys(layer);
-  text += fmt::format("[moe.expert]\nname = \"ffn\"\nactivation = \"{}\"\nwidth = {}\nbias = {}\n", layer.activation, layer.width, layer.bias);
+  text += fmt::format("[moe.expert]\nname = \"ffn\"\nactivation = \"{}\"\nwidth = {}\nbias = {}\n", layer.activation, layer.width,
+                      layer.bias);
   if (layer.shared_count > 0)
-    text += fmt::format("[moe.shared]\ncount = {}\nwidth = {}\ngate = {}\n", layer.shared_count, layer.shared_width, layer.shared_gate);
+    text += fmt::format("[moe.shared]\ncount = {}\nwidth = {}\ngate = {}\n", layer.shared_count, layer.shared_width,
+                        layer.shared_gate);
   text += (layer.train ? "[moe.capacity]\n" : "[moe.capacity.eval]\n") + capacity_keys(layer.capacity);
   for (const oracle::LossCase& loss : layer.losses) text += loss_table(loss);
   if (layer.step > 0) text += fmt::format("[route]\nstep = {}\ntotal_steps = {}\n", layer.step, layer.step + 1);

@@ -60,19 +60,27 @@ TEST_CASE("route agrees with plain loops for gshard and every policy of its seco
   for (const std::string policy : {"random_2g", "random_2p", "threshold", "all", "none", "gumbel"})
     agree({.router = "gshard", .renormalise = "before_drop", .second_expert = policy, .threshold = 0.4, .activation = "gelu_tanh",
            .capacity = kTight, .losses = {{"balance", 0.3}}}, true);
-  agree({.router = "gshard", .renormalise = "before_drop", .second_expert = "all", .capacity = kTight, .losses = {{"balance", 0.3}}}, false);
-  agree({.router = "gshard", .renormalise = "after_drop", .second_expert = "random_2g", .threshold = 0.2, .capacity = kTight}, false);
+  agree({.router = "gshard",
+         .renormalise = "before_drop",
+         .second_expert = "all",
+         .capacity = kTight,
+         .losses = {{"balance", 0.3}}},
+        false);
+  agree({.router = "gshard", .renormalise = "after_drop", .second_expert = "random_2g", .threshold = 0.2, .capacity = kTight},
+        false);
 }
 
 TEST_CASE("route agrees with plain loops for the controls uniform, random and frozen") {
   for (const int64_t k : {1, 3}) {
-    agree_in_both_modes({.router = "uniform", .k = k, .capacity = {.mode = "absolute", .value = 2}, .losses = {{"importance", 0.3}}});
+    agree_in_both_modes(
+        {.router = "uniform", .k = k, .capacity = {.mode = "absolute", .value = 2}, .losses = {{"importance", 0.3}}});
     agree_in_both_modes({.router = "random", .k = k, .capacity = {.mode = "absolute", .value = 2}});
   }
   agree_in_both_modes({.router = "frozen", .renormalise = "after_drop", .capacity = kTight, .losses = kScoreLosses});
 }
 
 TEST_CASE("route in float32 agrees with plain loops") {
-  Layer layer{.router = "softmax_topk", .renormalise = "before_drop", .activation = "swiglu", .capacity = kTight, .losses = kScoreLosses};
+  Layer layer{
+      .router = "softmax_topk", .renormalise = "before_drop", .activation = "swiglu", .capacity = kTight, .losses = kScoreLosses};
   expect_agreement(layer, random_inputs(layer), at::kFloat);
 }

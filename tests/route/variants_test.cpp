@@ -30,7 +30,8 @@ TEST_CASE("route serves first whom the priority and the order of the capacity sa
 
 TEST_CASE("route counts the places of an expert as the capacity says") {
   agree_with({.router = "switch", .capacity = {.mode = "factor", .factor = 1.1, .round = "floor", .scope = "micro"}});
-  agree_with({.router = "softmax_topk", .k = 3, .capacity = {.mode = "factor", .factor = 0.7, .times_k = true, .round = "round"}});
+  agree_with(
+      {.router = "softmax_topk", .k = 3, .capacity = {.mode = "factor", .factor = 0.7, .times_k = true, .round = "round"}});
   agree_with({.router = "softmax_topk", .capacity = {.mode = "factor", .factor = 0.1, .min = 1, .multiple_of = 2}});
   agree_with({.router = "softmax_topk", .capacity = {.mode = "token_fraction", .factor = 0.26, .scope = "global"}});
   agree_with({.router = "softmax_topk", .capacity = {.mode = "absolute", .value = 0}});

@@ -259,7 +259,8 @@ TEST_CASE("base: with scope = local a shuffle deals the rows of all ranks out, e
     RouteCase input = RouteCase(first ? x_TD.slice(0, 0, 5) : x_TD.slice(0, 5)).train().noise(first ? own_0 : own_1);
     input.in.comm = comm.get();
     const RouteOutput part = route(*router, input);
-    test::expect_equal(part.assignment.choice_TK.select(1, 0), first ? expected_T.slice(0, 0, 5) : expected_T.slice(0, 5), "choices");
+    test::expect_equal(part.assignment.choice_TK.select(1, 0), first ? expected_T.slice(0, 0, 5) : expected_T.slice(0, 5),
+                       "choices");
     test::expect(base_gap(part) == 0, "gap");
     std::map<std::string, Tensor> sums = part.deltas;
     for (auto& [name, delta] : sums) comm->all_reduce(delta);

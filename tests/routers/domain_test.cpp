@@ -32,8 +32,10 @@ std::string domain_complaint(const std::function<void()>& action) {
 }
 
 Experiment domain_run(const std::string& router, const std::string& data) {
-  return load_experiment(parse_config("[model]\nlayers = 1\nwidth = 8\nheads = 2\ncontext = 8\n[moe]\nexperts = 4\n[moe.router]\n" +
-                                          ("name = \"domain\"\n" + router) + "\n[data]\n" + data, "domain.toml"));
+  return load_experiment(
+      parse_config("[model]\nlayers = 1\nwidth = 8\nheads = 2\ncontext = 8\n[moe]\nexperts = 4\n[moe.router]\n" +
+                       ("name = \"domain\"\n" + router) + "\n[data]\n" + data,
+                   "domain.toml"));
 }
 
 }  // namespace
@@ -101,8 +103,10 @@ TEST_CASE("a hard choice has an expert for every label, unless `domains` bounds 
 TEST_CASE("domain without rows, with one expert, ties, and room to grow") {
   for (const bool hard : {true, false}) {
     INFO(hard);
-    CHECK(route(*build_router({.name = "domain", .options = {{"hard", hard}}}), label_case({})).assignment.choice_TK.numel() == 0);
-    CHECK(sparse(route(*build_router({.name = "domain", .experts = 1, .options = {{"hard", hard}}}), label_case({7, 1}))).token_N.numel() == 2);
+    CHECK(route(*build_router({.name = "domain", .options = {{"hard", hard}}}), label_case({})).assignment.choice_TK.numel() ==
+          0);
+    CHECK(sparse(route(*build_router({.name = "domain", .experts = 1, .options = {{"hard", hard}}}), label_case({7, 1})))
+              .token_N.numel() == 2);
     const auto roomy = build_router({.name = "domain", .experts = 2, .max_experts = 8, .options = {{"hard", hard}}});
     if (!hard) set_tensor(*roomy, "weight", random_tensor(2, {8, 8}) * 9);
     const RouteOutput out = route(*roomy, label_case({0, 1, 2, 3, 4, 5, 6, 7}));
@@ -137,7 +141,9 @@ TEST_CASE("a label outside the declared ones is named, and so are missing labels
   CHECK(domain_complaint([&] { route(*router, label_case({0, 3})); }) ==
         "domain label 3 is outside 0 … 2; [moe.router] domains says how many there are");
   CHECK(domain_complaint([&] { route(*router, label_case({0, -1})); }).starts_with("domain label -1 is outside"));
-  CHECK(domain_complaint([&] { route(*router, RouteCase(random_tensor(1, {2, 4}))); }).find("needs domain labels") != std::string::npos);
+  CHECK(domain_complaint([&] {
+          route(*router, RouteCase(random_tensor(1, {2, 4})));
+        }).find("needs domain labels") != std::string::npos);
 }
 
 TEST_CASE("an experiment whose data have no labels, or more than there are lines, is refused before it trains") {

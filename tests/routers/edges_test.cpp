@@ -84,14 +84,19 @@ TEST_CASE("a NaN or an infinity in x is an error that names it, the layer and th
       input.in.layer = 2;
       input.in.step = 40;
       const auto built = build_router(edge_case(router, 3, 1));
-      CHECK(edge_message([&] { route(*built, input); }, ExitCode::kDiverged) == "non-finite x in the router of layer 2 at step 40");
+      CHECK(edge_message([&] { route(*built, input); }, ExitCode::kDiverged) ==
+            "non-finite x in the router of layer 2 at step 40");
     }
 }
 
 TEST_CASE("logits that overflow are an error that names the logits") {
   const auto router = oracle_router({.name = "switch"});
   set_tensor(*router, "weight", at::full({3, 3}, 1e300, at::kDouble));
-  const std::string message = edge_message([&] { route(*router, RouteCase(at::full({1, 3}, 1e300, at::kDouble))); }, ExitCode::kDiverged);
+  const std::string message = edge_message(
+      [&] {
+        route(*router, RouteCase(at::full({1, 3}, 1e300, at::kDouble)));
+      },
+      ExitCode::kDiverged);
   CHECK(message.starts_with("non-finite logits"));
 }
 
@@ -117,7 +122,8 @@ TEST_CASE("experts that are not there yet are never chosen, have probability 0, 
 }
 
 TEST_CASE("inactive experts get a gradient of zero and spoil no other, noise scale included") {
-  const auto router = build_router({.name = "noisy_topk", .width = 4, .experts = 3, .max_experts = 5, .options = {{"k", int64_t{2}}}});
+  const auto router = build_router(
+      {.name = "noisy_topk", .width = 4, .experts = 3, .max_experts = 5, .options = {{"k", int64_t{2}}}});
   set_tensor(*router, "weight", random_tensor(1, {5, 4}));
   set_tensor(*router, "noise_weight", random_tensor(2, {5, 4}) * 10);
   CHECK(frozen_gradient_error(*router, RouteCase(random_tensor(3, {8, 4})).train()) < 1e-7);
@@ -126,7 +132,8 @@ TEST_CASE("inactive experts get a gradient of zero and spoil no other, noise sca
 }
 
 TEST_CASE("with fewer active experts than k the missing choice is -1") {
-  const auto router = build_router({.name = "softmax_topk", .experts = 2, .max_experts = 3, .options = {{"softmax", word("after")}}});
+  const auto router = build_router(
+      {.name = "softmax_topk", .experts = 2, .max_experts = 3, .options = {{"softmax", word("after")}}});
   set_tensor(*router, "mask", at::tensor({0., 1., 0.}, at::kDouble));  // as after an expert was removed
   const RouteOutput out = route(*router, RouteCase(random_tensor(1, {4, 4})));
   CHECK(out.assignment.choice_TK.equal(longs_of({1, -1}).expand({4, 2})));

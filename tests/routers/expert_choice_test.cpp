@@ -1,65 +1,12 @@
-#include "tests/routers/oracle.h"
+#include "tests/routers/expert_choice_support.h"
 
 #include "core/comm.h"
 #include "core/diagnostics.h"
 #include "core/error.h"
 
-#include <set>
-
 using namespace moelab;
 
 namespace {
-
-using Pairs = std::set<std::pair<int64_t, int64_t>>;  // (row, expert)
-using ChoiceOptions = std::map<std::string, OptionValue>;
-
-CapacityPolicy each_takes(int64_t rows) { return {.mode = CapacityPolicy::Mode::kAbsolute, .value = rows}; }
-
-CapacityPolicy share(double factor, CapacityPolicy::Round round = CapacityPolicy::Round::kCeil) {
-  return {.mode = CapacityPolicy::Mode::kFactor, .factor = factor, .round = round};
-}
-
-// Weight = identity, so that x is the logits.
-std::unique_ptr<Router> choosing(int64_t experts, CapacityPolicy capacity, ChoiceOptions options = {}, NoiseSpec noise = {}) {
-  auto router = build_router({.name = "expert_choice", .width = experts, .experts = experts, .options = std::move(options),
-                              .noise = noise, .capacity = capacity});
-  set_tensor(*router, "weight", at::eye(experts, at::kDouble));
-  return router;
-}
-
-Pairs pairs_of(const RouteOutput& out) {
-  Pairs pairs;
-  for (int64_t n = 0; n < sparse(out).token_N.numel(); ++n)
-    pairs.insert({sparse(out).token_N[n].item<int64_t>(), sparse(out).expert_N[n].item<int64_t>()});
-  return pairs;
-}
-
-Rows rows_of(const Tensor& values_TE) {
-  Rows rows;
-  for (int64_t t = 0; t < values_TE.size(0); ++t) {
-    const Tensor row = values_TE[t].contiguous();
-    rows.emplace_back(row.const_data_ptr<double>(), row.const_data_ptr<double>() + row.numel());
-  }
-  return rows;
-}
-
-Rows softmax_rows(const Tensor& z_TE) {
-  Rows s = rows_of(z_TE);
-  for (auto& row : s) row = slow_softmax(row);
-  return s;
-}
-
-// Each expert's `places` rows of `group` by plain comparison: fewer than `places` rows come before it.
-Pairs slow_choice(const Rows& s, const std::vector<int64_t>& group, int64_t places) {
-  Pairs pairs;
-  for (size_t e = 0; e < s[0].size(); ++e)
-    for (const int64_t t : group) {
-      int64_t before = 0;
-      for (const int64_t o : group) before += s[o][e] > s[t][e] || (s[o][e] == s[t][e] && o < t);
-      if (before < places) pairs.insert({t, static_cast<int64_t>(e)});
-    }
-  return pairs;
-}
 
 std::vector<std::vector<int64_t>> rows_by(const Tensor& key_T) {
   std::map<int64_t, std::vector<int64_t>> rows;
@@ -67,85 +14,6 @@ std::vector<std::vector<int64_t>> rows_by(const Tensor& key_T) {
   std::vector<std::vector<int64_t>> groups;
   for (const auto& [key, group] : rows) groups.push_back(group);
   return groups;
-}
-
-// Dykstra's projections by multiplication, with plain loops: experts' sums, rows' caps, entries at most 1. The entropy's weight
-// falls from 0.1 by a tenth per round.
-Rows slow_dykstra(const Rows& s, double places, double cap, double lambda, int64_t iterations) {
-  const size_t rows = s.size(), experts = s[0].size();
-  Rows a(rows, std::vector<double>(experts)), entry(rows, std::vector<double>(experts, 1));
-  std::vector<double> row(rows, 1);
-  double now = std::max(0.1, lambda);
-  for (size_t t = 0; t < rows; ++t)
-    for (size_t e = 0; e < experts; ++e) a[t][e] = std::exp(s[t][e] / now);
-  for (int64_t i = 0; i < iterations; ++i) {
-    for (size_t e = 0; e < experts; ++e) {
-      double sum = 0;
-      for (size_t t = 0; t < rows; ++t) sum += a[t][e];
-      for (size_t t = 0; t < rows; ++t) a[t][e] *= places / sum;
-    }
-    for (size_t t = 0; t < rows; ++t) {
-      double sum = 0;
-      for (double& value : a[t]) sum += value *= row[t];
-      row[t] = std::max(1.0, sum / cap);
-      for (double& value : a[t]) value /= row[t];
-    }
-    for (size_t t = 0; t < rows; ++t)
-      for (size_t e = 0; e < experts; ++e) {
-        const double b = a[t][e] * entry[t][e];
-        entry[t][e] = std::max(1.0, b);
-        a[t][e] = b / entry[t][e];
-      }
-    const double next = std::max(lambda, 0.9 * now);
-    for (size_t t = 0; t < rows; ++t) {
-      row[t] = std::pow(row[t], now / next);
-      for (size_t e = 0; e < experts; ++e) {
-        a[t][e] = std::pow(a[t][e], now / next);
-        entry[t][e] = std::pow(entry[t][e], now / next);
-      }
-    }
-    now = next;
-  }
-  for (size_t t = 0; t < rows; ++t)
-    for (size_t e = 0; e < experts; ++e) a[t][e] *= entry[t][e];
-  return a;
-}
-
-// The best total of S over all ways to give 3 experts 2 of 6 rows each, no row to more than `cap`, and the runner-up's.
-struct BestPair {
-  double best = -1, second = -1;
-  Pairs pairs;
-};
-
-BestPair brute_force(const Rows& s, int64_t cap) {
-  std::vector<std::pair<int64_t, int64_t>> twos;
-  for (int64_t a = 0; a < 6; ++a)
-    for (int64_t b = a + 1; b < 6; ++b) twos.push_back({a, b});
-  BestPair found;
-  for (size_t i = 0; i < twos.size() * twos.size() * twos.size(); ++i) {
-    const std::array<std::pair<int64_t, int64_t>, 3> taken{twos[i % 15], twos[i / 15 % 15], twos[i / 225]};
-    std::vector<int64_t> count(6, 0);
-    double value = 0;
-    for (int64_t e = 0; e < 3; ++e)
-      for (const int64_t t : {taken[e].first, taken[e].second}) {
-        ++count[t];
-        value += s[t][e];
-      }
-    if (*std::max_element(count.begin(), count.end()) > cap) continue;
-    if (value > found.best) {
-      found = {value, found.best, {}};
-      for (int64_t e = 0; e < 3; ++e) found.pairs.insert({{taken[e].first, e}, {taken[e].second, e}});
-    } else {
-      found.second = std::max(found.second, value);
-    }
-  }
-  return found;
-}
-
-std::vector<int64_t> per_row(const RouteOutput& out, int64_t rows) {
-  std::vector<int64_t> count(rows, 0);
-  for (const auto& [row, expert] : pairs_of(out)) ++count[row];
-  return count;
 }
 
 std::string choice_complaint(const std::function<void()>& action) {
@@ -164,7 +32,8 @@ TEST_CASE("expert choice oracle (spec 3.3): with C = 2 the experts take {3,0}, {
   for (const CapacityPolicy& two : {each_takes(2), share(1.5)}) {
     const RouteOutput out = route(*choosing(3, two), RouteCase(numbers(kOracleLogits)));
     CHECK(pairs_of(out) == Pairs{{0, 0}, {3, 0}, {1, 1}, {2, 1}, {2, 2}, {3, 2}});
-    CHECK(printed_digits_agree(dense_gates(sparse(out)), numbers({{.6652, 0, 0}, {0, .4554, 0}, {0, .3322, .3006}, {.7214, 0, .2654}})));
+    CHECK(printed_digits_agree(dense_gates(sparse(out)),
+                               numbers({{.6652, 0, 0}, {0, .4554, 0}, {0, .3322, .3006}, {.7214, 0, .2654}})));
     CHECK(per_row(out, 4) == std::vector<int64_t>{1, 1, 2, 2});
     CHECK(out.places == 6);
     CHECK(sparse(out).dropped_token_M.numel() == 0);
@@ -248,12 +117,14 @@ TEST_CASE("ties go to the lowest row") {
 TEST_CASE("C lies in 1 … T: fewer rows than experts overlap, one expert with factor 1 takes all, no rows no pairs (spec 3.3)") {
   CHECK(per_row(route(*choosing(5, share(1)), RouteCase(random_tensor(1, {2, 5}))), 2).size() == 2);
   CHECK(pairs_of(route(*choosing(5, share(1)), RouteCase(random_tensor(1, {2, 5})))).size() == 5);
-  CHECK(pairs_of(route(*choosing(5, share(0.01, CapacityPolicy::Round::kFloor)), RouteCase(random_tensor(1, {9, 5})))).size() == 5);
+  CHECK(pairs_of(route(*choosing(5, share(0.01, CapacityPolicy::Round::kFloor)), RouteCase(random_tensor(1, {9, 5})))).size() ==
+        5);
   const RouteOutput dense = route(*choosing(1, share(1)), RouteCase(random_tensor(1, {6, 1})));
   CHECK(dense_gates(sparse(dense)).equal(at::ones({6, 1}, at::kDouble)));
   CHECK(pairs_of(route(*choosing(3, share(9)), RouteCase(random_tensor(1, {4, 3})))).size() == 12);
   for (const char* norm : {"experts", "tokens"}) {
-    const RouteOutput none = route(*choosing(3, share(1), {{"score_norm", word(norm)}}), RouteCase(at::zeros({0, 3}, at::kDouble)).train());
+    const RouteOutput none = route(*choosing(3, share(1), {{"score_norm", word(norm)}}),
+                                   RouteCase(at::zeros({0, 3}, at::kDouble)).train());
     CHECK((pairs_of(none).empty() && none.places == 0));
   }
 }
@@ -296,65 +167,17 @@ TEST_CASE("score_norm = tokens: softmax over the group's rows, divided by the ex
     CHECK(std::abs(dense_gates(sparse(out))[t][e].item<double>() - s[t][e] / static_cast<double>(count[t])) < 1e-13);
 }
 
-TEST_CASE("cap_per_token at a small lambda finds the best assignment of all, where it is clearly the best (spec 3.3)") {
-  int64_t clear = 0;
-  for (int64_t seed = 0; seed < 40; ++seed)
-    for (const int64_t cap : {1, 2}) {
-      const Tensor z_TE = random_tensor(seed, {6, 3}) * 2;
-      const BestPair best = brute_force(softmax_rows(z_TE), cap);
-      if (best.best - best.second < 0.02) continue;
-      ++clear;
-      const ChoiceOptions options{{"cap_per_token", cap}, {"cap_iterations", int64_t{2000}}};
-      CHECK(pairs_of(route(*choosing(3, each_takes(2), options), RouteCase(z_TE))) == best.pairs);
-    }
-  CHECK(clear > 50);
-}
-
-TEST_CASE("cap_per_token equals Dykstra's projections by plain loops, whose largest entries keep to the cap") {
-  for (const int64_t seed : {5, 6, 7, 8}) {
-    const Tensor z_TE = random_tensor(seed, {14, 4});
-    std::vector<int64_t> all(14), count(14, 0);
-    for (size_t t = 0; t < all.size(); ++t) all[t] = static_cast<int64_t>(t);
-    const ChoiceOptions options{{"cap_per_token", int64_t{2}}, {"cap_lambda", 0.02}, {"cap_iterations", int64_t{200}}};
-    const Pairs expected = slow_choice(slow_dykstra(softmax_rows(z_TE), 5, 2, 0.02, 200), all, 5);
-    for (const auto& [t, e] : expected) ++count[t];
-    REQUIRE(*std::max_element(count.begin(), count.end()) <= 2);  // else rows refuse, which the loops do not
-    CHECK(pairs_of(route(*choosing(4, each_takes(5), options), RouteCase(z_TE))) == expected);
-  }
-}
-
-TEST_CASE("with a cap every expert still takes exactly C rows, and no row has more than its cap, converged or not") {
-  for (const double scale : {0.3, 1.0, 2.0})
-    for (const int64_t iterations : {1, 100}) {
-      const RouteCase input(random_tensor(3, {256, 16}) * scale);
-      const auto most = [&](int64_t cap) {
-        const RouteOutput out = route(*choosing(16, each_takes(24), {{"cap_per_token", cap}, {"cap_iterations", iterations}}), input);
-        CHECK(sparse(out).offsets_E1.equal(at::arange(17, at::kLong) * 24));
-        const std::vector<int64_t> count = per_row(out, 256);
-        return *std::max_element(count.begin(), count.end());
-      };
-      CHECK(most(0) > 2);
-      CHECK(most(2) == 2);
-    }
-}
-
-TEST_CASE("a cap that cannot hold gives way to the least one that can") {
-  for (const int64_t rows : {1, 3}) {
-    const RouteOutput out = route(*choosing(4, share(1), {{"cap_per_token", int64_t{1}}}), RouteCase(random_tensor(1, {rows, 4})));
-    CHECK(pairs_of(out).size() == 4);
-    for (const int64_t n : per_row(out, rows)) CHECK(n <= (rows == 1 ? 4 : 2));
-  }
-}
-
 TEST_CASE("training notes the smallest score that each expert took, additively; end_step moves the thresholds by the rate") {
-  const RouteCase input = RouteCase(random_tensor(1, {16, 3})).train().sequences({0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1});
+  const RouteCase input =
+      RouteCase(random_tensor(1, {16, 3})).train().sequences({0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1});
   const auto router = choosing(3, share(1), {{"threshold_rate", 0.25}});
   const RouteOutput out = route(*router, input);
   const Rows s = softmax_rows(input.in.x_TD);
   std::vector<double> expected(3, 0);
   for (const auto& group : rows_by(input.in.sequence_T)) {
     std::vector<double> least(3, 2);
-    for (const auto& [t, e] : slow_choice(s, group, (static_cast<int64_t>(group.size()) + 2) / 3)) least[e] = std::min(least[e], s[t][e]);
+    for (const auto& [t, e] : slow_choice(s, group, (static_cast<int64_t>(group.size()) + 2) / 3))
+      least[e] = std::min(least[e], s[t][e]);
     for (int64_t e = 0; e < 3; ++e) expected[e] += least[e];
   }
   CHECK(relative_error(out.deltas.at("last_scores"), at::tensor(expected, at::kDouble)) < 1e-14);
@@ -369,7 +192,8 @@ TEST_CASE("training notes the smallest score that each expert took, additively; 
   CHECK(find_tensor(*router, "thresholds").equal(before));
 }
 
-TEST_CASE("eval = thresholds: each row takes the experts whose threshold it reaches; learned from one batch they repeat its choice") {
+TEST_CASE(
+    "eval = thresholds: each row takes the experts whose threshold it reaches; learned from one batch they repeat its choice") {
   const Tensor z_TE = random_tensor(1, {30, 4});
   const auto router = choosing(4, share(1.5), {{"eval", word("thresholds")}, {"threshold_rate", 1.0}});
   const RouteOutput trained = route(*router, RouteCase(z_TE).train());
@@ -388,7 +212,9 @@ TEST_CASE("eval = thresholds: each row takes the experts whose threshold it reac
 }
 
 TEST_CASE("expert choice looks ahead, but not by thresholds, nor among rows of one time (spec 1.5)") {
-  const auto causal = [](ChoiceOptions options, Mode mode) { return causality(choosing(4, {}, std::move(options))->facts(), {}, mode, 0).causal; };
+  const auto causal = [](ChoiceOptions options, Mode mode) {
+    return causality(choosing(4, {}, std::move(options))->facts(), {}, mode, 0).causal;
+  };
   CHECK_FALSE(causal({}, Mode::kTrain));
   CHECK_FALSE(causal({}, Mode::kEval));
   CHECK_FALSE(causal({{"eval", word("thresholds")}}, Mode::kTrain));
@@ -422,13 +248,16 @@ TEST_CASE("noise: none by default, of standard deviation 1/E where asked for wit
     CHECK(router->facts().noisy_in_training == (std > 0));
     CHECK(pairs_of(route(*router, RouteCase(z_TE))) == slow_choice(softmax_rows(z_TE), all, 3));
   }
-  const auto roomy = build_router({.name = "expert_choice", .experts = 3, .max_experts = 4, .noise = normal});  // E is max_experts
-  CHECK(relative_error(route(*roomy, RouteCase(z_TE).train()).scores.noise_std_TE.slice(1, 0, 3), at::full({12, 3}, 0.25, at::kDouble)) < 1e-15);
+  const auto roomy = build_router(
+      {.name = "expert_choice", .experts = 3, .max_experts = 4, .noise = normal});  // E is max_experts
+  CHECK(relative_error(route(*roomy, RouteCase(z_TE).train()).scores.noise_std_TE.slice(1, 0, 3),
+                       at::full({12, 3}, 0.25, at::kDouble)) < 1e-15);
 }
 
 TEST_CASE("experts that are not there yet choose nothing, with a cap and by thresholds too") {
   for (const ChoiceOptions& options : {ChoiceOptions{}, {{"cap_per_token", int64_t{1}}}, {{"eval", word("thresholds")}}}) {
-    const auto router = build_router({.name = "expert_choice", .experts = 2, .max_experts = 5, .options = options, .capacity = share(1)});
+    const auto router = build_router(
+        {.name = "expert_choice", .experts = 2, .max_experts = 5, .options = options, .capacity = share(1)});
     set_tensor(*router, "weight", random_tensor(1, {5, 4}));
     set_tensor(*router, "thresholds", at::zeros({5}, at::kDouble));
     for (const RouteCase& input : {RouteCase(random_tensor(2, {15, 4})), RouteCase(random_tensor(2, {15, 4})).train()}) {
@@ -445,7 +274,8 @@ TEST_CASE("gradients of expert choice equal finite differences with the selectio
     INFO(norm);
     const auto router = choosing(4, share(1.5), {{"score_norm", word(norm)}});
     set_tensor(*router, "weight", random_tensor(4, {4, 4}));
-    CHECK(frozen_gradient_error(*router, RouteCase(random_tensor(2, {11, 4})).train().sequences({0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1})) < 1e-7);
+    CHECK(frozen_gradient_error(
+              *router, RouteCase(random_tensor(2, {11, 4})).train().sequences({0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1})) < 1e-7);
   }
 }
 
@@ -459,8 +289,9 @@ TEST_CASE("a forced selection is replayed, though other scores would choose othe
 }
 
 TEST_CASE("what expert choice cannot do is refused") {
-  CHECK(choice_complaint([] { choosing(3, {}, {{"eval", word("thresholds")}, {"score_norm", word("tokens")}}); }).find("score_norm") !=
-        std::string::npos);
+  CHECK(choice_complaint([] {
+          choosing(3, {}, {{"eval", word("thresholds")}, {"score_norm", word("tokens")}});
+        }).find("score_norm") != std::string::npos);
   CapacityPolicy global = share(1);
   global.scope = CapacityPolicy::Scope::kGlobal;
   const auto router = choosing(3, global);

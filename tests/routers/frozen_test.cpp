@@ -4,7 +4,8 @@ using namespace moelab;
 
 TEST_CASE("frozen routes as softmax_topk with the same weights") {
   for (const char* softmax : {"before", "after"}) {
-    const std::map<std::string, OptionValue> options{{"k", int64_t{3}}, {"softmax", word(softmax)}, {"renormalise", word("after_drop")}};
+    const std::map<std::string, OptionValue> options{
+        {"k", int64_t{3}}, {"softmax", word(softmax)}, {"renormalise", word("after_drop")}};
     const CapacityPolicy tight{.mode = CapacityPolicy::Mode::kFactor, .factor = 1};
     const auto frozen = build_router({.name = "frozen", .width = 5, .experts = 6, .options = options, .capacity = tight});
     const auto trained = build_router({.name = "softmax_topk", .width = 5, .experts = 6, .options = options, .capacity = tight});

@@ -128,7 +128,9 @@ TEST_CASE("gshard is random in training and keeps every second expert in evaluat
 }
 
 TEST_CASE("gshard's facts follow its policies") {
-  const auto facts = [](std::map<std::string, OptionValue> options) { return build_router({.name = "gshard", .options = std::move(options)})->facts(); };
+  const auto facts = [](std::map<std::string, OptionValue> options) {
+    return build_router({.name = "gshard", .options = std::move(options)})->facts();
+  };
   CHECK_FALSE(facts({{"second_expert", word("all")}}).noisy_in_training);
   CHECK_FALSE(facts({{"second_expert", word("threshold")}}).noisy_in_training);
   CHECK(facts({{"second_expert", word("gumbel")}}).noisy_in_training);

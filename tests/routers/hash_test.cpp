@@ -27,7 +27,9 @@ std::vector<int64_t> listed(const Tensor& longs) {
 }
 
 std::vector<int64_t> table_of(const Router& router) { return listed(find_tensor(router, "table")); }
-std::vector<int64_t> experts_of(const Router& router, const RouteCase& input) { return listed(route(router, input).assignment.choice_TK); }
+std::vector<int64_t> experts_of(const Router& router, const RouteCase& input) {
+  return listed(route(router, input).assignment.choice_TK);
+}
 
 std::vector<int64_t> loads_of(const std::vector<int64_t>& table, const std::vector<int64_t>& counts, int64_t experts) {
   std::vector<int64_t> load(experts, 0);
@@ -265,10 +267,15 @@ TEST_CASE("hash: a capacity serves rows in their order, and a replay repeats the
 
 TEST_CASE("hash names the token, expert or number that does not fit") {
   const auto router = hash_router("balanced", 4, 8);
-  CHECK(hash_complaint([&] { route(*router, token_case({1, 8})); }) == "token 8 has no line in the table of router 'hash', which has 8");
+  CHECK(hash_complaint([&] {
+          route(*router, token_case({1, 8}));
+        }) == "token 8 has no line in the table of router 'hash', which has 8");
   CHECK(hash_complaint([&] { route(*router, token_case({-2, 1})); }).starts_with("token -2 has no line"));
-  CHECK(hash_complaint([&] { route(*router, RouteCase(random_tensor(1, {2, 4}))); }).find("needs token ids") != std::string::npos);
-  CHECK(hash_complaint([&] { router->prepare({at::ones({9}, at::kLong)}); }) == "[moe.router] vocabulary = 8, but the data have 9 tokens");
+  CHECK(hash_complaint([&] {
+          route(*router, RouteCase(random_tensor(1, {2, 4})));
+        }).find("needs token ids") != std::string::npos);
+  CHECK(hash_complaint([&] { router->prepare({at::ones({9}, at::kLong)}); }) ==
+        "[moe.router] vocabulary = 8, but the data have 9 tokens");
   set_tensor(*router, "table", at::full({8}, 4, at::kLong));
   CHECK(hash_complaint([&] { route(*router, token_case({1})); }) == "the table of router 'hash' names expert 4, but there are 4");
   const auto pairs = hash_router("random", 4, 8, 2);
@@ -280,7 +287,8 @@ TEST_CASE("hash names the token, expert or number that does not fit") {
 
 TEST_CASE("`vocabulary` stands in where no model has one; without either the config is refused (contract 4)") {
   const auto layer = [](const std::string& line, int64_t model) {
-    return read_layer(parse_config("[moe.router]\nname = \"hash\"\n" + line, "hash.toml"), 4, 0, model, at::kDouble, random_key(0, "init"));
+    return read_layer(parse_config("[moe.router]\nname = \"hash\"\n" + line, "hash.toml"), 4, 0, model, at::kDouble,
+                      random_key(0, "init"));
   };
   CHECK(layer("vocabulary = 12", 0).router_spec.vocabulary == 12);
   CHECK(layer("", 9).router_spec.vocabulary == 9);

@@ -27,7 +27,8 @@ std::unique_ptr<Router> router_of_logits(int64_t groups, int64_t experts, const 
 std::unique_ptr<Router> random_levels(int64_t experts, const Levels& options, const NoiseSpec& noise = {}) {
   auto router = build_router({.name = "noisy_topk", .width = 5, .experts = experts, .options = options, .noise = noise});
   int64_t seed = 0;
-  for (const NamedTensor& parameter : router->parameters()) set_tensor(*router, parameter.name, random_tensor(++seed, parameter.tensor.sizes()));
+  for (const NamedTensor& parameter : router->parameters())
+    set_tensor(*router, parameter.name, random_tensor(++seed, parameter.tensor.sizes()));
   return router;
 }
 
@@ -116,8 +117,9 @@ TEST_CASE("two levels equal plain loops: choices, gates, probabilities, importan
     const RouteOutput out = route(*router, RouteCase(x_TD).train().noise(draw));
     std::vector<double> importance(experts, 0), group_load(form.groups, 0), inside_load(experts, 0), on(form.groups, 0);
     for (int64_t t = 0; t < rows; ++t) {
-      const SlowGate primary = slow_gate(x_TD[t], find_tensor(*router, "group_weight"), find_tensor(*router, "group_noise_weight"),
-                                         draw[t].slice(0, 0, form.groups), form.k_groups);
+      const SlowGate primary = slow_gate(x_TD[t], find_tensor(*router, "group_weight"),
+                                         find_tensor(*router, "group_noise_weight"), draw[t].slice(0, 0, form.groups),
+                                         form.k_groups);
       const std::vector<double> outer = slow_gates(primary), outer_all = slow_softmax(primary.clean);
       for (int64_t g = 0; g < form.groups; ++g) {
         const auto own = [&](const char* name) { return find_tensor(*router, name).slice(0, g * size, (g + 1) * size); };
@@ -142,7 +144,8 @@ TEST_CASE("two levels equal plain loops: choices, gates, probabilities, importan
       }
     }
     std::vector<double> load;
-    for (int64_t e = 0; e < experts; ++e) load.push_back(on[e / size] == 0 ? 0 : group_load[e / size] * inside_load[e] / on[e / size]);
+    for (int64_t e = 0; e < experts; ++e)
+      load.push_back(on[e / size] == 0 ? 0 : group_load[e / size] * inside_load[e] / on[e / size]);
     CHECK(relative_error(out.probes.at("importance"), at::tensor(importance, at::kDouble)) < 1e-12);
     CHECK(relative_error(out.probes.at("load"), at::tensor(load, at::kDouble)) < 1e-12);
   }
@@ -213,7 +216,9 @@ TEST_CASE("gradients of two levels equal finite differences with the selection f
   }
 }
 
-TEST_CASE("the load's gradient reaches the primary gate (Shazeer's reason for the product), and with k_groups = 1 the task's does not") {
+TEST_CASE(
+    "the load's gradient reaches the primary gate (Shazeer's reason for the product), and with k_groups = 1 the task's does "
+    "not") {
   const auto router = random_levels(6, levels_of(3, 1, 1));
   const RouteCase input = RouteCase(random_tensor(3, {7, 5})).train();
   const RouteOutput out = route(*router, input);
@@ -232,7 +237,8 @@ TEST_CASE("a group that no row is on has load 0, with finite gradients") {
   for (const NamedTensor& parameter : router->trainable()) CHECK(parameter.tensor.grad().isfinite().all().item<bool>());
 }
 
-TEST_CASE("load in two levels is a function of sums over rows: parts of a batch add up, and rows on a group count over all parts") {
+TEST_CASE(
+    "load in two levels is a function of sums over rows: parts of a batch add up, and rows on a group count over all parts") {
   const auto router = random_levels(6, levels_of(3, 1, 1));
   const Tensor x_TD = random_tensor(3, {11, 5}), draw = random_tensor(4, {11, 9});
   const auto loss = test::make_loss("load");

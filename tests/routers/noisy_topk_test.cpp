@@ -24,7 +24,8 @@ double squared_cv(const Tensor& value_E) {
 double slow_softplus(double value) { return std::log1p(std::exp(value)); }
 
 // P(e stays chosen): Φ((clean - k-th largest of the other noisy logits) / std).
-double slow_stays(const std::vector<double>& clean, std::vector<double> noisy, const std::vector<double>& std, int64_t k, int64_t e) {
+double slow_stays(const std::vector<double>& clean, std::vector<double> noisy, const std::vector<double>& std, int64_t k,
+                  int64_t e) {
   noisy[e] = -1e300;
   const double bar = noisy[slow_argmax(noisy, k - 1)];
   return 0.5 * std::erfc(-(clean[e] - bar) / std[e] / std::sqrt(2.0));
@@ -40,16 +41,20 @@ std::unique_ptr<Router> noisy_random(int64_t k, const NoiseSpec& noise = {}) {
 }  // namespace
 
 TEST_CASE("noisy_topk oracle (spec 2.1): noisy logits H") {
-  CHECK(printed_digits_agree(noisy_oracle().scores.noisy_TE, numbers({{2.3466, .7921, .0693}, {.8069, 1.6773, -.3762}, {.4079, .9318, -.4852}, {3, -.5841, 1.8614}})));
+  CHECK(printed_digits_agree(
+      noisy_oracle().scores.noisy_TE,
+      numbers({{2.3466, .7921, .0693}, {.8069, 1.6773, -.3762}, {.4079, .9318, -.4852}, {3, -.5841, 1.8614}})));
 }
 
 TEST_CASE("noisy_topk oracle (spec 2.1): gates G, softmax over the two kept noisy logits") {
-  CHECK(printed_digits_agree(dense_gates(sparse(noisy_oracle())), numbers({{.8256, .1744, 0}, {.2952, .7048, 0}, {.3720, .6280, 0}, {.7574, 0, .2426}})));
+  CHECK(printed_digits_agree(dense_gates(sparse(noisy_oracle())),
+                             numbers({{.8256, .1744, 0}, {.2952, .7048, 0}, {.3720, .6280, 0}, {.7574, 0, .2426}})));
 }
 
 TEST_CASE("noisy_topk oracle (spec 2.1): P(t,e), the threshold leaving e out") {
   const Tensor stays_TE = load_probability(noisy_oracle().scores, 2, /*include_self=*/false);
-  CHECK(printed_digits_agree(stays_TE, numbers({{.9973, .9103, .1266}, {.9966, .9948, .0046}, {.8386, .8007, .2781}, {1, 0, .9999}})));
+  CHECK(printed_digits_agree(stays_TE,
+                             numbers({{.9973, .9103, .1266}, {.9966, .9948, .0046}, {.8386, .8007, .2781}, {1, 0, .9999}})));
 }
 
 TEST_CASE("noisy_topk oracle (spec 2.1): importance and its CV² with population variance") {

@@ -38,7 +38,8 @@ TEST_CASE("random draws every expert about equally often, k different ones per r
 
 TEST_CASE("a row's random experts do not depend on the other rows") {
   const auto router = build_router({.name = "random", .experts = 8});
-  const Tensor both = route(*router, RouteCase(random_tensor(1, {10, 4})).sequences({0, 1, 0, 1, 0, 1, 0, 1, 0, 1})).assignment.choice_TK;
+  const Tensor both =
+      route(*router, RouteCase(random_tensor(1, {10, 4})).sequences({0, 1, 0, 1, 0, 1, 0, 1, 0, 1})).assignment.choice_TK;
   const Tensor alone = route(*router, RouteCase(random_tensor(1, {5, 4}))).assignment.choice_TK;
   CHECK(both.index({at::tensor({0, 2, 4, 6, 8}, at::kLong)}).equal(alone));
 }

@@ -172,9 +172,11 @@ TEST_CASE("sigmoid_topk groups by hand: a group scores the sum of its two best b
 TEST_CASE("sigmoid_topk equals plain loops for every number of groups and kept groups") {
   const Tensor x_TD = random_tensor(2, {30, 5}), bias_E = random_tensor(3, {8}) * 0.3;
   const Rows z = slow_linear(x_TD, random_tensor(1, {8, 5}));
-  for (const auto& [groups, kept, k] : std::vector<std::array<int64_t, 3>>{{1, 1, 3}, {2, 1, 4}, {4, 2, 3}, {4, 4, 8}, {8, 3, 2}}) {
+  for (const auto& [groups, kept, k] :
+       std::vector<std::array<int64_t, 3>>{{1, 1, 3}, {2, 1, 4}, {4, 2, 3}, {4, 4, 8}, {8, 3, 2}}) {
     INFO(groups << " groups, " << kept << " kept, k = " << k);
-    const auto router = sigmoid_random({{"k", k}, {"groups", groups}, {"groups_kept", kept}, {"selection_bias", true}, {"scale", 1.5}});
+    const auto router = sigmoid_random(
+        {{"k", k}, {"groups", groups}, {"groups_kept", kept}, {"selection_bias", true}, {"scale", 1.5}});
     set_tensor(*router, "bias", bias_E);
     const RouteOutput out = route(*router, RouteCase(x_TD));
     for (int64_t t = 0; t < 30; ++t) {
@@ -198,7 +200,8 @@ TEST_CASE("with one group, or with all groups kept, sigmoid_topk is plain top-k 
 
 TEST_CASE("sigmoid_topk refuses groups that do not fit, each in one line") {
   CHECK(sigmoid_refusal({{"groups", int64_t{3}}}) == "[moe.router] groups = 3 does not divide experts = 8");
-  CHECK(sigmoid_refusal({{"groups", int64_t{2}}, {"groups_kept", int64_t{3}}}) == "[moe.router] groups_kept = 3 is more than groups = 2");
+  CHECK(sigmoid_refusal({{"groups", int64_t{2}}, {"groups_kept", int64_t{3}}}) ==
+        "[moe.router] groups_kept = 3 is more than groups = 2");
   CHECK(sigmoid_refusal({{"k", int64_t{5}}, {"groups", int64_t{4}}, {"groups_kept", int64_t{2}}}) ==
         "[moe.router] k = 5 is more than the 4 experts of groups_kept = 2");
   CHECK(sigmoid_refusal({{"k", int64_t{9}}}) == "[moe.router] k = 9 is more than experts = 8");

@@ -4,7 +4,8 @@ using namespace moelab;
 
 namespace {
 
-std::unique_ptr<Router> softmax_topk_with(const char* softmax, const char* renormalise, int64_t k = 2, const CapacityPolicy& capacity = {}) {
+std::unique_ptr<Router> softmax_topk_with(const char* softmax, const char* renormalise, int64_t k = 2,
+                                          const CapacityPolicy& capacity = {}) {
   auto router = build_router({.name = "softmax_topk", .width = 5, .experts = 4,
                               .options = {{"k", k}, {"softmax", word(softmax)}, {"renormalise", word(renormalise)}},
                               .capacity = capacity});
@@ -97,6 +98,7 @@ TEST_CASE("gradients of softmax_topk equal finite differences with the selection
   for (const char* softmax : {"before", "after"})
     for (const char* renormalise : {"none", "before_drop", "after_drop"}) {
       INFO(softmax << " " << renormalise);
-      CHECK(frozen_gradient_error(*softmax_topk_with(softmax, renormalise, 2, tight), RouteCase(random_tensor(2, {11, 5})).train()) < 1e-7);
+      CHECK(frozen_gradient_error(*softmax_topk_with(softmax, renormalise, 2, tight),
+                                  RouteCase(random_tensor(2, {11, 5})).train()) < 1e-7);
     }
 }

@@ -11,7 +11,9 @@ const CapacityPolicy kSwitchPaperCapacity{.mode = CapacityPolicy::Mode::kFactor,
 TEST_CASE("switch oracle (spec 2.3): probabilities, choices, gates not renormalised") {
   const auto router = oracle_router({.name = "switch"});
   const RouteOutput out = route(*router, RouteCase(numbers(kOracleLogits)));
-  CHECK(printed_digits_agree(out.probes.at("probs"), numbers({{.6652, .2447, .0900}, {.5033, .4554, .0413}, {.3672, .3322, .3006}, {.7214, .0132, .2654}})));
+  CHECK(printed_digits_agree(
+      out.probes.at("probs"),
+      numbers({{.6652, .2447, .0900}, {.5033, .4554, .0413}, {.3672, .3322, .3006}, {.7214, .0132, .2654}})));
   CHECK(out.assignment.choice_TK.equal(at::zeros({4, 1}, at::kLong)));
   CHECK(printed_digits_agree(out.gate_TK, numbers({{.6652}, {.5033}, {.3672}, {.7214}})));
   CHECK(printed_digits_agree(out.probes.at("probs").mean(0), at::tensor({.5643, .2614, .1743}, at::kDouble)));
@@ -59,7 +61,8 @@ TEST_CASE("switch with a given jitter equals plain loops: choice and gate noisy,
     CHECK(relative_error(out.probes.at("probs")[t], at::tensor(slow_softmax(clean[t]), at::kDouble)) < 1e-12);
   }
   CHECK(relative_error(out.probes.at("logits"), numbers(clean)) < 1e-12);
-  CHECK(route(*router, RouteCase(x_TD).noise(u_TD)).gate_TK.equal(route(*router, RouteCase(x_TD)).gate_TK));  // none in evaluation
+  CHECK(
+      route(*router, RouteCase(x_TD).noise(u_TD)).gate_TK.equal(route(*router, RouteCase(x_TD)).gate_TK));  // none in evaluation
 }
 
 TEST_CASE("switch draws its jitter from the stream: within 1 ± epsilon, the same again, and other kinds override it") {

@@ -21,7 +21,8 @@ RouteOutput top_p_oracle(double p, int64_t k_max = 0) {
 }
 
 std::unique_ptr<Router> top_p_random(double p, int64_t k_max = 0, const CapacityPolicy& capacity = {}) {
-  auto router = build_router({.name = "top_p", .width = 5, .experts = 6, .options = {{"p", p}, {"k_max", k_max}}, .capacity = capacity});
+  auto router = build_router(
+      {.name = "top_p", .width = 5, .experts = 6, .options = {{"p", p}, {"k_max", k_max}}, .capacity = capacity});
   set_tensor(*router, "weight", random_tensor(1, {6, 5}));
   return router;
 }
@@ -57,10 +58,13 @@ TEST_CASE("top_p oracle (spec 3.9): experts per row at p = .4, .5, .7, .9, and t
 }
 
 TEST_CASE("top_p oracle (spec 3.9, 1.4): gates are the probabilities, not renormalised, the tail 0") {
-  CHECK(printed_digits_agree(dense_gates(sparse(top_p_oracle(.4))), numbers({{.6652, 0, 0}, {.5033, 0, 0}, {.3672, .3322, 0}, {.7214, 0, 0}})));
+  CHECK(printed_digits_agree(dense_gates(sparse(top_p_oracle(.4))),
+                             numbers({{.6652, 0, 0}, {.5033, 0, 0}, {.3672, .3322, 0}, {.7214, 0, 0}})));
 }
 
-TEST_CASE("top_p oracle (spec 3.9): the entropies are .8324, .8354, 1.0953, .6448, their mean is .8520, and the paper weighs them with 1e-4") {
+TEST_CASE(
+    "top_p oracle (spec 3.9): the entropies are .8324, .8354, 1.0953, .6448, their mean is .8520, and the paper weighs them with "
+    "1e-4") {
   const auto router = oracle_router({.name = "top_p"});
   CHECK(std::abs(top_p_loss(*router, RouteCase(numbers(kOracleLogits)), "entropy") - .8520) < 5.1e-5);
   const std::vector<double> row_entropies{.8324, .8354, 1.0953, .6448};
@@ -124,11 +128,13 @@ TEST_CASE("top_p equals plain loops, with k_max cutting the prefix") {
     for (size_t t = 0; t < 40; ++t) {
       const std::vector<double> probs = slow_softmax(z[t]);
       std::vector<int64_t> expected;
-      for (double sum = 0; sum <= .7; sum += probs[expected.back()]) expected.push_back(slow_argmax(probs, static_cast<int64_t>(expected.size())));
+      for (double sum = 0; sum <= .7; sum += probs[expected.back()])
+        expected.push_back(slow_argmax(probs, static_cast<int64_t>(expected.size())));
       if (k_max > 0) expected.resize(std::min<size_t>(expected.size(), k_max));
       CHECK(rows[t] == expected);
       for (size_t rank = 0; rank < expected.size(); ++rank)
-        CHECK(std::abs(out.gate_TK[static_cast<int64_t>(t)][static_cast<int64_t>(rank)].item<double>() - probs[expected[rank]]) < 1e-12);
+        CHECK(std::abs(out.gate_TK[static_cast<int64_t>(t)][static_cast<int64_t>(rank)].item<double>() - probs[expected[rank]]) <
+              1e-12);
     }
   }
 }

@@ -41,7 +41,8 @@ TEST_CASE("vmoe oracle (spec 2.5): batch priority serves rows 3, 0, 1, 2, so tha
 TEST_CASE("vmoe (spec 2.5): gates are the probabilities over all experts, not renormalised") {
   const auto router = oracle_router({.name = "vmoe"});
   const RouteOutput out = route(*router, RouteCase(numbers(kOracleLogits)));
-  CHECK(printed_digits_agree(dense_gates(sparse(out)), numbers({{.6652, .2447, 0}, {.5033, .4554, 0}, {.3672, .3322, 0}, {.7214, 0, .2654}})));
+  CHECK(printed_digits_agree(dense_gates(sparse(out)),
+                             numbers({{.6652, .2447, 0}, {.5033, .4554, 0}, {.3672, .3322, 0}, {.7214, 0, .2654}})));
 }
 
 TEST_CASE("vmoe (spec 2.5): noise of standard deviation 1/E moves choice and gates, importance reads clean probabilities") {
@@ -134,7 +135,9 @@ TEST_CASE("gradients of vmoe equal finite differences with the selection frozen,
   const auto router = vmoe_random(3);
   CHECK(frozen_gradient_error(*router, RouteCase(random_tensor(3, {7, 5})).train()) < 1e-7);
   const RouteCase input = RouteCase(random_tensor(3, {7, 5})).train();
-  const auto load = [&] { return load_rows(input.in, route(*router, input), 6, /*include_self=*/true).front().sum(0).square().sum(); };
+  const auto load = [&] {
+    return load_rows(input.in, route(*router, input), 6, /*include_self=*/true).front().sum(0).square().sum();
+  };
   CHECK(gradient_error(load, find_tensor(*router, "weight")) < 1e-6);
 }
 

@@ -43,7 +43,8 @@ std::vector<BadInput> bad_inputs() {
       {"[moe.expert]\nactivation = \"reluu\"\n", "@:3:1: 'activation' is \"reluu\", but must be one of relu, "},
       {"[moe.router]\nname = \"softmax_topk\"\nk = 5\n", "@:4:1: k = 5 is more than experts = 4"},
       {"[moe.router]\nname = \"switch\"\nk = 2\n", "@:4:1: k = 2, but router 'switch' chooses 1 of each row's experts always"},
-      {"[moe.router]\nname = \"hash\"\n[moe.noise]\nkind = \"normal\"\n", "@:5:1: router 'hash' has no logits that noise could change"},
+      {"[moe.router]\nname = \"hash\"\n[moe.noise]\nkind = \"normal\"\n",
+       "@:5:1: router 'hash' has no logits that noise could change"},
       {"[moe.router]\nname = \"smear\"\n[moe.capacity]\nmode = \"factor\"\n", "@:5:1: router 'smear' drops nothing, "},
       {"[moe.capacity.eval]\nmode = \"factor\"\n[moe.router]\nname = \"lory\"\n", "@:3:1: router 'lory' drops nothing, "},
       {"[optimizer]\nlr = inf\n", "@:3:1: 'lr' is inf, but must be finite"},
@@ -52,20 +53,26 @@ std::vector<BadInput> bad_inputs() {
       {"[model]\nheads = 3\n", "@:3:1: width = 16 is not divisible by heads = 3"},
       {"[model]\nname = \"decodr\"\n", "@:3:1: nothing is named 'decodr', did you mean 'decoder'? registered: "},
       {"[model]\nname = \"patches\"\n",
-       "@:3:1: model 'patches' reads images, but data set 'markov' holds tokens; in [model] set name = \"decoder\", or in [data] name = "},
+       "@:3:1: model 'patches' reads images, but data set 'markov' holds tokens; in [model] set name = \"decoder\", or in [data] "
+       "name = "},
       {"[data]\nname = \"clusters\"\n",
-       "@:3:1: model 'decoder' reads tokens, but data set 'clusters' holds vectors; in [model] set name = \"mlp\", or in [data] name = "},
+       "@:3:1: model 'decoder' reads tokens, but data set 'clusters' holds vectors; in [model] set name = \"mlp\", or in [data] "
+       "name = "},
       {"[data]\nname = \"fashion_mnist\"\n",
-       "@:3:1: model 'decoder' reads tokens, but data set 'fashion_mnist' holds images; in [model] set name = \"patches\", or in "},
+       "@:3:1: model 'decoder' reads tokens, but data set 'fashion_mnist' holds images; in [model] set name = \"patches\", or "
+       "in "},
       {"[model]\nmoe_layers = \"0,9\"\n", "@:3:1: there is no block 9: the model's blocks are 0 to 1"},
       {"[[layer]]\nwhere = \"som\"\n[layer.moe]\nexperts = 2\n", "@:3:1: 'som' names no blocks; write all, none, odd, even, "},
       {"[train]\nmicro_batches = 3\n", "@:3:1: batch = 4 cannot be split into 3 equal micro-batches"},
       {"[moe.router]\nname = \"uniform\"\n[[loss]]\nname = \"balance\"\n",
-       "@:5:1: loss 'balance' cannot be used with router 'uniform': it reads the router's logits or probabilities, and this router has none"},
+       "@:5:1: loss 'balance' cannot be used with router 'uniform': it reads the router's logits or probabilities, and this "
+       "router has none"},
       {"[[layer]]\nwhere = \"last\"\n[layer.moe]\nexperts = 8\n[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\n",
        "@:8:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 4 and layer 1 has 8; use "},
-      {"[[loss]]\nname = \"z\"\n[[loss]]\nname = \"z\"\n", "@:5:1: two losses are labelled 'z'; give one of them another `label`"},
-      {"[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\n", "@:4:1: layer 0: router 'switch' looks ahead in training of a causal model: "},
+      {"[[loss]]\nname = \"z\"\n[[loss]]\nname = \"z\"\n",
+       "@:5:1: two losses are labelled 'z'; give one of them another `label`"},
+      {"[moe.capacity]\nmode = \"factor\"\npriority = \"batch\"\n",
+       "@:4:1: layer 0: router 'switch' looks ahead in training of a causal model: "},
       {"[moe.capacity]\nfactor = 1.5\n", "@:3:1: 'factor' is not read without a `mode`; "},
       {"[moe.capacity]\nmode = \"paper\"\nfactor = 1.5\n", "@:4:1: 'factor' is not read with mode = \"paper\""},
       {"[moe.capacity.eval]\nmin = 4\n", "@:3:1: 'min' is not read without a `mode`; "},
@@ -200,7 +207,8 @@ TEST_CASE("training that diverges ends with 3, with the layer and the step, and 
   const ScratchFolder folder;
   folder.put("good.toml", kGoodInput);
   const ProgramResult result = run_program(
-      MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet", "--set", "optimizer.lr=1e38", "--set", "train.clip_norm=0"}, folder.path());
+      MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet", "--set", "optimizer.lr=1e38", "--set", "train.clip_norm=0"},
+      folder.path());
   CAPTURE(result.err);
   CHECK(result.code == 3);
   CHECK(is_one_line(result.err));

@@ -42,7 +42,8 @@ TEST_CASE("experts that are not there stay as they are, with their part of the r
   const std::string router = GENERATE("domain", "soft_moe");
   CAPTURE(router);
   std::vector<std::string> set{"train.steps=4", "moe.experts=4", "moe.max_experts=6"};
-  for (const char* option : {router == "domain" ? "hard=false" : "slots_per_expert=2", router == "domain" ? "domains=8" : "normalise=false"})
+  for (const char* option :
+       {router == "domain" ? "hard=false" : "slots_per_expert=2", router == "domain" ? "domains=8" : "normalise=false"})
     set.push_back(std::string("moe.router.") + option);
   const Experiment e = tiny_classifier("mlp", router, set);
   const auto rows = [&] { return e.model->sites().front()->router->per_expert_tensors().front().detach().clone(); };
@@ -96,9 +97,12 @@ std::string classifier_refusal(const std::string& model, const std::string& rout
 
 TEST_CASE("routers that need what images and vectors do not have are refused at their name") {
   CHECK(classifier_refusal("patches", "hash", {}).find("tiny.toml:12:1: router 'hash' needs token ids") == 0);
-  CHECK(classifier_refusal("patches", "hash", {"moe.router.vocabulary=9"}) == "tiny.toml:12:1: router 'hash' needs token ids, which images do not have");
-  CHECK(classifier_refusal("mlp", "stablemoe", {"moe.router.vocabulary=9"}) == "tiny.toml:11:1: router 'stablemoe' needs token ids, which vectors do not have");
-  CHECK(classifier_refusal("patches", "domain", {}).find("tiny.toml:12:1: router 'domain' needs domain labels, which these data do not have") == 0);
+  CHECK(classifier_refusal("patches", "hash", {"moe.router.vocabulary=9"}) ==
+        "tiny.toml:12:1: router 'hash' needs token ids, which images do not have");
+  CHECK(classifier_refusal("mlp", "stablemoe", {"moe.router.vocabulary=9"}) ==
+        "tiny.toml:11:1: router 'stablemoe' needs token ids, which vectors do not have");
+  CHECK(classifier_refusal("patches", "domain", {})
+            .find("tiny.toml:12:1: router 'domain' needs domain labels, which these data do not have") == 0);
 }
 
 }  // namespace

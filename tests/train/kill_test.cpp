@@ -47,7 +47,8 @@ struct KilledRun {
   std::string status() const { return text_of(run + "/STATUS"); }
 
   // Kills the program once metrics.jsonl has `lines` lines and another `delay` has passed; false where it was too fast.
-  bool killed_at(const std::vector<std::string>& arguments, int64_t lines, std::chrono::microseconds delay, int number = SIGKILL) const {
+  bool killed_at(const std::vector<std::string>& arguments, int64_t lines, std::chrono::microseconds delay,
+                 int number = SIGKILL) const {
     StartedProgram program(arguments);
     program.wait_until([&] { return lines_in(run + "/metrics.jsonl") >= lines; });
     std::this_thread::sleep_for(delay);
@@ -163,10 +164,12 @@ TEST_CASE("a second signal stops at once, a second process is refused, and so is
 
   const ProgramResult resumed = run_program(MOELAB_PROGRAM, busy.go_on());
   CHECK(resumed.code == 2);
-  CHECK(resumed.err == "moelab: '" + busy.run + "' is in use by process " + std::to_string(program.id()) + ": wait until it ends, or stop it\n");
+  CHECK(resumed.err ==
+        "moelab: '" + busy.run + "' is in use by process " + std::to_string(program.id()) + ": wait until it ends, or stop it\n");
   const ProgramResult again = run_program(MOELAB_PROGRAM, busy.start());
   CHECK(again.code == 2);
-  CHECK(again.err == "moelab: " + busy.run + " holds a run already: use `moelab resume " + busy.run + "`, or choose another folder with --out\n");
+  CHECK(again.err == "moelab: " + busy.run + " holds a run already: use `moelab resume " + busy.run +
+                         "`, or choose another folder with --out\n");
 
   program.signal(SIGINT);
   std::this_thread::sleep_for(std::chrono::milliseconds(100));

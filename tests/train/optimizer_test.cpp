@@ -171,7 +171,8 @@ TEST_CASE("a slice of a view is that part of the parameter and of its moments") 
 // Peak 2, four steps of warm-up, twelve in all, down to half.
 TEST_CASE("the schedule warms up linearly and falls along a cosine") {
   const ScheduleSettings cosine{4, "cosine", 0.5};
-  const std::vector<double> expected{0.5, 1, 1.5, 2, 2, 1.5 + 0.5 * std::cos(std::numbers::pi / 8), 1.5 + 0.5 * std::cos(std::numbers::pi / 4)};
+  const std::vector<double> expected{
+      0.5, 1, 1.5, 2, 2, 1.5 + 0.5 * std::cos(std::numbers::pi / 8), 1.5 + 0.5 * std::cos(std::numbers::pi / 4)};
   for (size_t step = 0; step < expected.size(); ++step)
     CHECK(std::abs(learning_rate(2, cosine, static_cast<int64_t>(step), 12) - expected[step]) < 1e-14);
   CHECK(std::abs(learning_rate(2, cosine, 8, 12) - 1.5) < 1e-14);
@@ -182,7 +183,8 @@ TEST_CASE("the schedule warms up linearly and falls along a cosine") {
 
 // (3, 4) and (12): the norm is 13.
 TEST_CASE("clipping scales all gradients to the limit, and only above it") {
-  std::vector<NamedTensor> list{{"a", at::zeros({2}, at::kDouble)}, {"b", at::zeros({1}, at::kDouble)}, {"none", at::zeros({1}, at::kDouble)}};
+  std::vector<NamedTensor> list{
+      {"a", at::zeros({2}, at::kDouble)}, {"b", at::zeros({1}, at::kDouble)}, {"none", at::zeros({1}, at::kDouble)}};
   const auto set = [&] {
     list[0].tensor.mutable_grad() = at::tensor({3.0, 4.0}, at::kDouble);
     list[1].tensor.mutable_grad() = at::tensor({12.0}, at::kDouble);
@@ -200,7 +202,8 @@ TEST_CASE("clipping scales all gradients to the limit, and only above it") {
 TEST_CASE("unused experts decay by default and rest where the config says skip") {
   const std::string rule = GENERATE("zero_grad", "skip");
   // Expert 3 is never among the first two places of a round robin of two: k = 1, positions 0 and 1 go to experts 0 and 1.
-  const Experiment e = tiny_experiment("uniform", {"moe.router.k=1", "model.context=2", "optimizer.unused_experts=" + rule, "train.steps=3"});
+  const Experiment e = tiny_experiment(
+      "uniform", {"moe.router.k=1", "model.context=2", "optimizer.unused_experts=" + rule, "train.steps=3"});
   const Tensors before = copies_of(e.model->parameters());
   const Tensors after = trained(e);
   for (const auto& [name, tensor] : before) {
@@ -234,8 +237,13 @@ class BrokenObjective : public Objective {
   bool loss_;
 };
 
-const Registration<ObjectiveEntry> broken_loss{{.name = "broken_loss", .title = "", .equation = "", .make = [](const Options&) { return std::make_unique<BrokenObjective>(true); }}};
-const Registration<ObjectiveEntry> broken_gradient{{.name = "broken_gradient", .title = "", .equation = "", .make = [](const Options&) { return std::make_unique<BrokenObjective>(false); }}};
+const Registration<ObjectiveEntry> broken_loss{{.name = "broken_loss", .title = "", .equation = "", .make = [](const Options&) {
+                                                  return std::make_unique<BrokenObjective>(true);
+                                                }}};
+const Registration<ObjectiveEntry> broken_gradient{
+    {.name = "broken_gradient", .title = "", .equation = "", .make = [](const Options&) {
+       return std::make_unique<BrokenObjective>(false);
+     }}};
 
 // The message of the divergence that this run ends with; the state must be that of the last whole step.
 std::string divergence_of(Trainer& trainer) {
@@ -256,7 +264,8 @@ TEST_CASE("a loss or gradient that is not finite stops before the update and say
   CAPTURE(message);
   CHECK(message.find("at step 2") != std::string::npos);
   CHECK(message.find("nothing was updated") != std::string::npos);
-  CHECK(message.find(objective == "broken_loss" ? "the task loss is inf" : "non-finite gradient of layers.1.moe.router.weight") != std::string::npos);
+  CHECK(message.find(objective == "broken_loss" ? "the task loss is inf" : "non-finite gradient of layers.1.moe.router.weight") !=
+        std::string::npos);
   CHECK(trainer.step() == 2);
   CHECK(bitwise_equal(state_of(trainer), trained(tiny_experiment("switch", {"train.steps=2", "schedule.decay=constant"}))));
 }
@@ -265,7 +274,8 @@ TEST_CASE("a parameter that is not finite is found where it is first felt, with 
   const double value = GENERATE(INFINITY, NAN);
   const Experiment e = tiny_experiment("switch");
   for (const NamedTensor& entry : e.model->parameters())
-    if (entry.name == "layers.0.moe.experts.w_in" || entry.name == "layers.0.moe.experts.w_down") entry.tensor.detach().fill_(value);
+    if (entry.name == "layers.0.moe.experts.w_in" || entry.name == "layers.0.moe.experts.w_down")
+      entry.tensor.detach().fill_(value);
   const Tensors before = copies_of(e.model->parameters());
   Trainer trainer = trainer_of(e);
   const std::string message = divergence_of(trainer);

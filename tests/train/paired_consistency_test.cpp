@@ -33,7 +33,9 @@ std::unique_ptr<Objective> paired(double alpha = 1, int64_t passes = 2) {
 }
 
 // One sequence whose positions have the logits of `rows`.
-Tensor logits_of(const std::vector<double>& probabilities) { return at::tensor(probabilities, at::kDouble).log().view({1, 1, -1}); }
+Tensor logits_of(const std::vector<double>& probabilities) {
+  return at::tensor(probabilities, at::kDouble).log().view({1, 1, -1});
+}
 
 Batch targets(const std::vector<int64_t>& targets_L) {
   const Tensor row_1L = at::tensor(targets_L, at::kLong).unsqueeze(0);
@@ -157,7 +159,8 @@ PairedStep step_on(const Experiment& e, Comm& comm, int64_t micro_batches, bool 
   for (int64_t m = 0; m < micro_batches; ++m)
     batches.push_back(with_lengths(e.data->train_batch(3, 0, (comm.rank() * micro_batches + m) * count, count, 8)));
   e.model->zero_grad();
-  PairedStep out{compute_step(*e.model, *make_objective(e.train.objective, e.train.objective_options), batches, context, false), {}};
+  PairedStep out{compute_step(*e.model, *make_objective(e.train.objective, e.train.objective_options), batches, context, false),
+                 {}};
   out.gradients = gradients_of(*e.model);
   return out;
 }

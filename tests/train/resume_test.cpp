@@ -192,7 +192,8 @@ TEST_CASE("the same run twice is bitwise the same, and another seed is not") {
 }
 
 TEST_CASE("SGD, skipped experts and unfrozen training windows go on as well") {
-  const std::vector<std::string> set{"optimizer.name=sgd", "optimizer.unused_experts=skip", "schedule.warmup_steps=5", "train.log_every=7"};
+  const std::vector<std::string> set{"optimizer.name=sgd", "optimizer.unused_experts=skip", "schedule.warmup_steps=5",
+                                     "train.log_every=7"};
   const ScratchFolder folder;
   const Finished whole = unstopped(tiny_experiment("noisy_topk", set));
   WindowObserver windows(9);

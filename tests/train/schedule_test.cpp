@@ -34,8 +34,9 @@ TEST_CASE("a decay that would begin within the warm-up waits for its end, and on
 }
 
 TEST_CASE("[schedule] reads them, and refuses another name") {
-  const ScheduleSettings read =
-      tiny_experiment("switch", {"schedule.decay=wsd", "schedule.decay_fraction=0.25", "schedule.decay_shape=sqrt"}).train.schedule;
+  const ScheduleSettings read = tiny_experiment(
+                                    "switch", {"schedule.decay=wsd", "schedule.decay_fraction=0.25", "schedule.decay_shape=sqrt"})
+                                    .train.schedule;
   CHECK(read.decay == "wsd");
   CHECK(read.decay_fraction == 0.25);
   CHECK(read.decay_shape == "sqrt");

@@ -94,12 +94,14 @@ coefficient = 0.1
 )";
 
 RoutedCase independent_case() {
-  return GENERATE(RoutedCase{"noisy_topk"}, RoutedCase{"softmax_topk", kAllLosses}, RoutedCase{"softmax_topk", "", {"moe.router.softmax=after"}},
-                  RoutedCase{"switch", "", {"moe.router.k=1"}}, RoutedCase{"gshard"}, RoutedCase{"gshard", "", {"moe.router.second_expert=gumbel"}},
-                  RoutedCase{"stablemoe", "[[loss]]\nname = \"distillation\"\n"},
-                  RoutedCase{"stablemoe", "[[loss]]\nname = \"distillation\"\nscope = \"sequence\"\n"},
-                  RoutedCase{"frozen"}, RoutedCase{"random"}, RoutedCase{"uniform"},
-                  RoutedCase{"switch", "", {"moe.capacity.mode=factor", "moe.capacity.scope=sequence", "moe.capacity.factor=0.8"}});
+  return GENERATE(
+      RoutedCase{"noisy_topk"}, RoutedCase{"softmax_topk", kAllLosses},
+      RoutedCase{"softmax_topk", "", {"moe.router.softmax=after"}}, RoutedCase{"switch", "", {"moe.router.k=1"}},
+      RoutedCase{"gshard"}, RoutedCase{"gshard", "", {"moe.router.second_expert=gumbel"}},
+      RoutedCase{"stablemoe", "[[loss]]\nname = \"distillation\"\n"},
+      RoutedCase{"stablemoe", "[[loss]]\nname = \"distillation\"\nscope = \"sequence\"\n"}, RoutedCase{"frozen"},
+      RoutedCase{"random"}, RoutedCase{"uniform"},
+      RoutedCase{"switch", "", {"moe.capacity.mode=factor", "moe.capacity.scope=sequence", "moe.capacity.factor=0.8"}});
 }
 
 TEST_CASE("a classifier's step equals itself cut into micro-batches and thread ranks, in float64") {
@@ -284,7 +286,8 @@ TEST_CASE("what stands in padding changes nothing, bit for bit") {
   shake(*e.model);
   std::vector<Batch> batches = batches_of(e, 0, {1, 2}, true);
   const StepOutcome before = step_on(e, batches, *single_comm());
-  for (Batch& batch : batches) batch.tokens_BL = at::where(batch.targets_BL.lt(0), at::full_like(batch.tokens_BL, 7), batch.tokens_BL);
+  for (Batch& batch : batches)
+    batch.tokens_BL = at::where(batch.targets_BL.lt(0), at::full_like(batch.tokens_BL, 7), batch.tokens_BL);
   const StepOutcome after = step_on(e, batches, *single_comm());
   CHECK(bitwise_equal(after.gradients, before.gradients));
   check_equal(after, before, 0);
@@ -293,7 +296,8 @@ TEST_CASE("what stands in padding changes nothing, bit for bit") {
 TEST_CASE("20 steps in float64 with one and with two micro-batches or ranks end at the same parameters") {
   const std::string router = GENERATE("noisy_topk", "softmax_topk", "switch", "gshard", "frozen");
   const auto make = [&](int64_t micro_batches) {
-    return tiny_experiment(router, {"model.dtype=float64", "train.steps=20", fmt::format("train.micro_batches={}", micro_batches)});
+    return tiny_experiment(router,
+                           {"model.dtype=float64", "train.steps=20", fmt::format("train.micro_batches={}", micro_batches)});
   };
   const Tensors whole = trained(make(1));
   CHECK(largest_error(trained(make(2)), whole) <= 1e-11);

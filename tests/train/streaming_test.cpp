@@ -50,13 +50,15 @@ StreamedStep streamed(const Experiment& e, const std::vector<Batch>& batches, Co
 }
 
 // Weights that the gradient gives to one micro-batch's own sums, by the formula of the loss and loops over experts.
-std::vector<double> weights_by_hand(const std::string& loss, const std::vector<std::vector<double>>& so_far, double rows, double step_rows) {
+std::vector<double> weights_by_hand(const std::string& loss, const std::vector<std::vector<double>>& so_far, double rows,
+                                    double step_rows) {
   std::vector<double> weights;
   double sum = 0, squares = 0;
   for (const double value : so_far.back()) sum += value, squares += value * value;
   for (int64_t e = 0; e < 4; ++e) {
     const auto i = static_cast<size_t>(e);
-    // balance = E Σ (c/R)(p/R): E·(c so far/rows so far)/R. importance = E ΣS²/(ΣS)² - 1 has no size: S so far stretched by R/rows.
+    // balance = E Σ (c/R)(p/R): E·(c so far/rows so far)/R. importance = E ΣS²/(ΣS)² - 1 has no size: S so far stretched by
+    // R/rows.
     if (loss == "balance") weights.push_back(4 * so_far[0][i] / rows / step_rows);
     else weights.push_back(2 * 4 * (so_far[0][i] / (sum * sum) - squares / (sum * sum * sum)) * rows / step_rows);
   }
@@ -65,14 +67,16 @@ std::vector<double> weights_by_hand(const std::string& loss, const std::vector<s
 
 std::vector<double> added(const std::vector<double>& so_far, const Tensor& more_E) {
   std::vector<double> all(4);
-  for (int64_t e = 0; e < 4; ++e) all[static_cast<size_t>(e)] = (so_far.empty() ? 0 : so_far[static_cast<size_t>(e)]) + more_E[e].item<double>();
+  for (int64_t e = 0; e < 4; ++e)
+    all[static_cast<size_t>(e)] = (so_far.empty() ? 0 : so_far[static_cast<size_t>(e)]) + more_E[e].item<double>();
   return all;
 }
 
 Tensors streamed_by_hand(const std::string& loss, const Experiment& e, const std::vector<Batch>& batches) {
   const std::shared_ptr<Comm> alone = single_comm();
   double targets = 0, step_rows = 0, rows = 0;
-  for (const Batch& batch : batches) targets += static_cast<double>(batch.target_tokens()), step_rows += static_cast<double>(batch.rows());
+  for (const Batch& batch : batches)
+    targets += static_cast<double>(batch.target_tokens()), step_rows += static_cast<double>(batch.rows());
   std::vector<std::vector<std::vector<double>>> so_far(2);
   e.model->zero_grad();
   for (const Batch& batch : batches) {
@@ -96,7 +100,8 @@ double apart(double a, double b) { return std::abs(a - b) / std::max(std::abs(b)
 TEST_CASE("step_streaming equals plain loops: counts so far, stretched to the step's rows; its value is the step's own") {
   const std::string loss = GENERATE("balance", "importance");
   const Experiment e = streaming(loss, "step_streaming"), exact = streaming(loss, "step");
-  const std::vector<Batch> batches{sequences_of(e, {0, 1}), sequences_of(e, {2, 3, 4}), sequences_of(e, {5}), sequences_of(e, {6, 7})};
+  const std::vector<Batch> batches{sequences_of(e, {0, 1}), sequences_of(e, {2, 3, 4}), sequences_of(e, {5}),
+                                   sequences_of(e, {6, 7})};
   CAPTURE(loss);
   const StreamedStep ours = streamed(e, batches, *single_comm()), whole = streamed(exact, batches, *single_comm());
   CHECK(largest_error(ours.gradients, streamed_by_hand(loss, e, batches)) <= 1e-10);
@@ -120,7 +125,8 @@ TEST_CASE("step_streaming over two ranks counts what all ranks have shown so far
   run_on_threads(2, [&](std::shared_ptr<Comm> comm) {
     const Experiment own = make();
     const int64_t first = 4 * comm->rank();
-    ranks[static_cast<size_t>(comm->rank())] = streamed(own, {sequences_of(own, {first, first + 1}), sequences_of(own, {first + 2, first + 3})}, *comm);
+    ranks[static_cast<size_t>(comm->rank())] = streamed(
+        own, {sequences_of(own, {first, first + 1}), sequences_of(own, {first + 2, first + 3})}, *comm);
   });
   for (const StreamedStep& rank : ranks) {
     CHECK(largest_error(rank.gradients, together.gradients) <= 1e-11);
@@ -151,7 +157,8 @@ TEST_CASE("step_streaming needs no first sweep, where step sweeps over several m
 }
 
 TEST_CASE("a loss that pools its layers refuses step_streaming") {
-  CHECK_THROWS_AS(tiny_experiment("switch", {}, "[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\nscope = \"step_streaming\"\n"), Error);
+  CHECK_THROWS_AS(
+      tiny_experiment("switch", {}, "[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\nscope = \"step_streaming\"\n"), Error);
 }
 
 }  // namespace

@@ -77,7 +77,9 @@ batch = 8
 log_every = 4
 [optimizer]
 lr = 0.01
-{})", model, images ? "heads = 2\npatch = 2" : "", router, images ? "test_images" : "clusters", images ? "" : "validation_vectors = 20", losses);
+{})",
+                                       model, images ? "heads = 2\npatch = 2" : "", router, images ? "test_images" : "clusters",
+                                       images ? "" : "validation_vectors = 20", losses);
   return load_experiment(parse_config(text, "tiny.toml", more));
 }
 
@@ -153,8 +155,9 @@ inline Tensor balance_by_hand(const Tensor& counts_E, const Tensor& probability_
 
 // Switch layers with a balance loss of coefficient 0.3, in float64, shaken.
 inline Experiment balanced(const std::string& scope, const std::string& layers = "each") {
-  Experiment e = tiny_experiment("switch", {"model.dtype=float64", "moe.noise.kind=none"},
-                                 fmt::format("[[loss]]\nname = \"balance\"\ncoefficient = 0.3\nscope = \"{}\"\nlayers = \"{}\"\n", scope, layers));
+  Experiment e = tiny_experiment(
+      "switch", {"model.dtype=float64", "moe.noise.kind=none"},
+      fmt::format("[[loss]]\nname = \"balance\"\ncoefficient = 0.3\nscope = \"{}\"\nlayers = \"{}\"\n", scope, layers));
   shake(*e.model);
   return e;
 }
