@@ -72,7 +72,8 @@ TEST_CASE("sources are at most 130 columns wide and 400 lines long") {
   for (const fs::path& path : sources()) {
     int64_t number = 0;
     for (const std::string& line : lines_of(path)) {
-      CAPTURE(path.string(), ++number);
+      ++number;
+      CAPTURE(path.string(), number);
       CHECK(columns(line) <= 130);
     }
     CAPTURE(path.string());
