@@ -103,13 +103,16 @@ std::unique_ptr<Router> make_router(const std::string& name, RouterSpec spec) {
   return router;
 }
 
-Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k) {
+Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k, int64_t prompt) {
   if (facts.looks_ahead) return {false, "it reads later tokens by construction"};
-  const bool independent = mode == Mode::kTrain ? facts.batch_independent : facts.batch_independent_eval;
+  const bool prompted = facts.reads_prompt && mode == Mode::kEval && prompt > 0;
+  const bool independent = mode == Mode::kTrain ? facts.batch_independent : facts.batch_independent_eval || prompted;
   if (!independent && facts.time_ordered) return {true, "the rows that a decision depends on are never later ones"};
   if (!independent) return {false, fmt::format("in {} a row's decision depends on later rows", to_string(mode))};
   if (policy.mode == CapacityPolicy::Mode::kNone)
-    return {true, facts.plan == PlanForm::kMerge ? "each segment is decided by earlier ones" : "each row decides for itself"};
+    return {true, prompted ? fmt::format("the prompt of {} tokens decides, and only what follows it is judged", prompt)
+                  : facts.plan == PlanForm::kMerge ? "each segment is decided by earlier ones"
+                                                   : "each row decides for itself"};
   if (policy.priority != CapacityPolicy::Priority::kPosition)
     return {false, "the capacity serves by priority, so a later row can take an earlier one's place"};
   if (policy.lets_the_future_in(k))

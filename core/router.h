@@ -47,6 +47,8 @@ struct RouteInput {
   int64_t step = 0;
   int64_t total_steps = 1;
   int64_t pass = 0;          // objectives of several passes
+  int64_t prompt = 0;        // evaluation: the first so many tokens of each sequence are given, and only those after them are
+                             // judged; 0 = all are judged
   RandomKey random;          // of this (seed, mode, layer, pass, step)
   Comm* comm = nullptr;      // the group that shares the batch; never null inside a layer
 
@@ -133,6 +135,8 @@ struct RouterFacts {
   bool batch_independent = true;   // without a capacity, a row's decision depends on that row and on earlier ones of its
                                    // sequence alone (in training)
   bool batch_independent_eval = true;
+  bool reads_prompt = false;       // its evaluation looks ahead within the prompt of a sequence, and no further; where no prompt
+                                   // is set, within all rows
   bool looks_ahead = false;        // reads later tokens by construction (leak controls)
   bool straight_through = false;   // its gradient is a declared surrogate: what stop_gradient() names has none
   bool differentiable_gate = true; // gates depend on the scores
@@ -258,12 +262,13 @@ struct RouterEntry {
 
 std::unique_ptr<Router> make_router(const std::string& name, RouterSpec spec);
 
-// Whether a row's output may depend on later rows of its sequence, and why.
+// Whether a row's output may depend on later rows of its sequence, and why. In evaluation with a prompt it is asked of the
+// rows that are judged: from the last one of the prompt on.
 struct Causality {
   bool causal = true;
   std::string reason;
 };
-Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k);
+Causality causality(const RouterFacts& facts, const CapacityPolicy& policy, Mode mode, int64_t k, int64_t prompt = 0);
 
 // Options that several routers share, with one wording.
 OptionSpec k_option(int default_value);

@@ -42,6 +42,7 @@ Json facts_json(const RouterEntry& entry) {
           {"mixes_ranks", f.mixes_ranks},
           {"batch_independent", f.batch_independent},
           {"batch_independent_eval", f.batch_independent_eval},
+          {"reads_prompt", f.reads_prompt},
           {"looks_ahead", f.looks_ahead},
           {"straight_through", f.straight_through},
           {"differentiable_gate", f.differentiable_gate},

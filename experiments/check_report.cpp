@@ -108,7 +108,7 @@ Json mode_json(const Experiment& e, const Site& site, Mode mode) {
   const RouterFacts facts = site.router->facts();
   const CapacityPolicy& policy = spec.capacity(mode);
   const int64_t k = choices_per_row(facts, spec, mode), context = e.model->context();
-  const Causality verdict = causality(facts, policy, mode, k);
+  const Causality verdict = causality(facts, policy, mode, k, e.train.eval_prompt);
   return {{"capacity_of_a_sequence", places_json(policy, context, spec, k)},
           {"capacity_of_a_micro_batch", places_json(policy, context * micro_batch(e), spec, k)},
           {"causal", verdict.causal},

@@ -135,7 +135,7 @@ void eval(const RunArguments& arguments) {
   restore_model(checkpoint, *experiment.model);
   const std::shared_ptr<Comm> comm = single_comm();
   const TrainSettings& train = experiment.train;
-  const EvalSettings settings{0, train.batch, train.seed, checkpoint.step, train.steps};
+  const EvalSettings settings{0, train.batch, train.seed, checkpoint.step, train.steps, train.eval_prompt};
   const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, settings, *comm);
   nlohmann::json out{{"step", checkpoint.step}};
   for (const auto& [name, value] : evaluation_metrics(evaluation)) out[name] = value;

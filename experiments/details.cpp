@@ -180,6 +180,7 @@ std::vector<std::string> router_facts_in_words(const Json& facts) {
       {"mixes_ranks", true, "ranks decide over rows dealt out among them"},
       {"batch_independent", false, "in training a row's decision depends on other rows"},
       {"batch_independent_eval", false, "in evaluation a row's decision depends on other rows"},
+      {"reads_prompt", true, "in evaluation it reads a prompt as a whole"},
       {"looks_ahead", true, "reads later tokens"},
       {"straight_through", true, "its gradient is a declared surrogate"},
       {"differentiable_gate", false, "its gates do not depend on scores"},

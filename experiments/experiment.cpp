@@ -32,7 +32,7 @@ constexpr const char* kTooLarge =
 // LibTorch tells by words alone that memory ran out.
 std::shared_ptr<Model> model_that_fits(const Experiment& e) {
   try {
-    return make_model({e.root, e.data->shape(), e.train.seed, e.train.allow_noncausal_training});
+    return make_model({e.root, e.data->shape(), e.train.seed, e.train.allow_noncausal_training, e.train.eval_prompt});
   } catch (const c10::Error& error) {
     if (std::string(error.what()).find("allocate") == std::string::npos) throw;
     e.root.fail("model", kTooLarge);
@@ -60,6 +60,18 @@ void refuse_data_of_another_kind(const Table& root) {
              fmt::format("model '{}' reads {}, but data set '{}' holds {}; in [model] set name = {}, or in [data] name = {}",
                          model.name, to_string(model.reads), data.name, to_string(data.holds),
                          names_for(data.holds, &ModelEntry::reads), names_for(model.reads, &DatasetEntry::holds)));
+}
+
+// A prompt is the beginning of a text, and something has to follow it.
+void refuse_impossible_prompt(const Table& root, int64_t prompt) {
+  if (prompt == 0) return;
+  const Table table = root.child("eval");
+  const ModelEntry& model = model_entry(root);
+  if (model.reads != DataKind::kTokens)
+    table.fail("prompt", fmt::format("{} have no prompt; leave it out", to_string(model.reads)));
+  if (const int64_t context = model_context(root); prompt > context)
+    table.fail("prompt", fmt::format("prompt = {} is more than a sequence, which has context = {} tokens: nothing follows it",
+                                     prompt, context));
 }
 
 // A router may bring a vocabulary of its own, but no model without tokens can give it ids.
@@ -114,6 +126,7 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer) {
   e.train = read_train_settings(root);
   read_objective(root, e.train);  // before data are read
   refuse_data_of_another_kind(root);
+  refuse_impossible_prompt(root, e.train.eval_prompt);
   e.data = read_dataset(root, model_context(root), tokenizer.empty() ? tokenizer_of_source(e.train.init_from) : tokenizer);
   e.model = model_that_fits(e);
   refuse_missing_tokens(root, *e.model, *e.data);

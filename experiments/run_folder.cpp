@@ -150,7 +150,8 @@ void RecordWriter::event(int64_t step, const std::string& kind, const nlohmann::
 std::map<std::string, double> evaluation_metrics(const Evaluation& evaluation) {
   std::map<std::string, double> m{{"eval.loss", evaluation.loss}, {"eval.bits_per_byte", evaluation.bits_per_byte},
                                   {"eval.accuracy", evaluation.accuracy}, {"eval.tokens", static_cast<double>(evaluation.tokens)},
-                                  {"eval.bytes", evaluation.bytes}};
+                                  {"eval.bytes", evaluation.bytes},
+                                  {"eval.prompt", static_cast<double>(evaluation.prompt)}};
   for (size_t s = 0; s < evaluation.labels.size(); ++s) {
     const std::string prefix = "eval." + evaluation.labels[s] + ".";
     for (const auto& [name, value] : metrics_of(evaluation.records[s])) m[prefix + name] = value;

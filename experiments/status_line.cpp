@@ -58,8 +58,9 @@ void StatusLine::on_evaluation(const Evaluation& evaluation, int64_t step, bool)
   const bool known = !std::isnan(evaluation.bits_per_byte);
   const double bits = known ? evaluation.bits_per_byte : evaluation.loss / std::numbers::ln2;
   const std::string predicted = data_ == DataKind::kTokens ? fmt::format(" {:.4f} bits/{},", bits, known ? "byte" : "token") : "";
-  fmt::print(stderr, "eval at step {}: loss {:.4f},{} accuracy {:.3f}, {} {}\n", step, evaluation.loss, predicted,
-             evaluation.accuracy, evaluation.tokens, to_string(data_));
+  const std::string given = evaluation.prompt == 0 ? "" : fmt::format(" after prompts of {}", evaluation.prompt);
+  fmt::print(stderr, "eval at step {}: loss {:.4f},{} accuracy {:.3f}, {} {}{}\n", step, evaluation.loss, predicted,
+             evaluation.accuracy, evaluation.tokens, to_string(data_), given);
 }
 
 void StatusLine::on_event(const std::string& site, const Event& event, int64_t step) {

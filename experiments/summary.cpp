@@ -129,13 +129,22 @@ std::string baselines_text(const nlohmann::json& s) {
   return text;
 }
 
+// "" where all was scored.
+std::string prompts_text(const nlohmann::json& s) {
+  const auto prompt = s.at("eval.prompt").get<int64_t>();
+  return prompt == 0 ? "" : fmt::format(" after prompts of {} tokens", prompt);
+}
+
 // "validation bits per byte, 107456 bytes in 39000 tokens:"
 std::string units_text(bool text, const nlohmann::json& s) {
   const std::string tokens = s.at("eval.tokens").dump();
-  if (!text) return fmt::format("\nvalidation bits per token, {} tokens:\n", tokens);
+  const std::string scored = prompts_text(s);
+  if (!text) return fmt::format("\nvalidation bits per token, {} tokens{}:\n", tokens, scored);
   const std::string bytes = number_text(s.at("eval.bytes"), "{:.0f}");
   const std::string apart = bytes == tokens ? "" : fmt::format(" in {} tokens", tokens);
-  return fmt::format("\nvalidation bits per byte, {} bytes{}:\n", bytes, apart);
+  const bool other_bytes = !scored.empty() && !s.at("baseline.ngram.context_0.bits_per_byte").is_null();
+  return fmt::format("\nvalidation bits per byte, {} bytes{}{}{}:\n", bytes, apart, scored,
+                     other_bytes ? " (n-grams: of all bytes)" : "");
 }
 
 std::string model_bits_text(bool text, const nlohmann::json& s) {
@@ -213,6 +222,7 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
                    {"eval.accuracy", summary_number(evaluated ? evaluation.accuracy : none)},
                    {"eval.tokens", evaluated ? nlohmann::json(evaluation.tokens) : nlohmann::json()},
                    {"eval.bytes", summary_number(evaluated ? evaluation.bytes : none)},
+                   {"eval.prompt", experiment.train.eval_prompt},
                    {"data.entropy_bits", summary_number(experiment.data->known_entropy_bits())}};
   for (int c = 0; c <= kLongestContext; ++c)
     s[fmt::format("baseline.ngram.context_{}.bits_per_byte", c)] =

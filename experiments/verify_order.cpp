@@ -13,6 +13,8 @@
 namespace moelab {
 namespace {
 
+constexpr int64_t kPrompt = 3;  // the first tokens of each sequence
+
 struct Decided {
   Tensor rows_Tn;  // decision_of_rows
   Tensor y_TD;
@@ -65,6 +67,30 @@ void check_causality(const Subject& subject) {
       const bool by_method = subject.facts.looks_ahead || by_others;
       must(!by_method || leak.worst > 1e-9, "it says that it looks ahead, but no later token changes an earlier row", at);
     }
+}
+
+// Rows of a prompt see each other. From its last row on nobody sees a later row: these are the rows that are judged.
+void check_prompt(const Subject& subject) {
+  const at::NoGradGuard no_grad;
+  const KitCase at{.mode = Mode::kEval, .seed = subject.seed};
+  const KitLayer layer = kit_layer(subject, at);
+  RouteInput in = kit_input(at);
+  in.prompt = kPrompt;
+  const Decided then = decide_rows(layer, in);
+  double within = 0;
+  for (int64_t row = 1; row < at.rows; ++row) {
+    const Decided now = decide_rows(layer, with_other_token(in, row));
+    const double change = change_before(then, now, in, row);
+    if (in.position_T[row].item<int64_t>() < kPrompt) within = std::max(within, change);
+    else
+      must(change <= 1e-12, fmt::format("it says that it reads a prompt and no further, but after a prompt of {} changing row {} "
+                                        "changes earlier rows by {:.3g}", kPrompt, row, change), at);
+  }
+  must(within > 1e-9, "it says that it reads prompts, but no token of one changes an earlier row of it", at);
+}
+
+std::string prompt_not_applicable(const Subject& subject) {
+  return subject.facts.reads_prompt ? "" : "it reads no prompt";
 }
 
 // A sequence decides the same with and without the others beside it.
@@ -138,7 +164,7 @@ void check_padding(const Subject& subject) {
   }
 }
 
-constexpr int64_t kPrompt = 3, kDecoded = 7;  // tokens of each sequence that come at once, and all of them
+constexpr int64_t kDecoded = 7;  // tokens of each sequence, the first kPrompt of which come at once
 
 // Columns [from, to) of sequences of equal length, as a model hands them on: without labels and segments.
 RouteInput columns_of(const RouteInput& in, int64_t from, int64_t to) {
@@ -201,6 +227,7 @@ std::vector<Property> order_properties() {
   return {
       {"causality", "changing a token changes no earlier row of its sequence where the facts and the capacity say causal",
        always_applies, check_causality},
+      {"prompt", "a router that reads a prompt reads nothing after it", prompt_not_applicable, check_prompt},
       {"other_rows", "a sequence decides the same without the others", needs_independence, check_other_rows},
       {"padding", "a padded batch gives bitwise the plan and the counts of the same rows without padding, and padding alone none",
        always_applies, check_padding},

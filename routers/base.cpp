@@ -218,10 +218,11 @@ const Registration<RouterEntry> registration_base{{
          option("eval", "greedy", "evaluation takes the argmax of s, or of s - prices").one_of({"greedy", "greedy_with_prices"}),
          renormalise_option("none")},
     .noise_shape = "int64 permutation [T], with shuffle: the rows in the order of their places",
-    .probes = {{"logits", "[T,E]", "s"},
+    .probes = {{"logits", "[T,E]", "s; -1e9 for inactive experts"},
                {"probs", "[T,E]", "softmax of s; the gates are σ(s)"},
                {"gap", "[1]", "dual bound minus value on the grid, in the scores' units; 0 = proven best; training only"}},
-    .differences = {"its solver is an auction that stops early, this one is exact", "T need not be a multiple of E"},
+    .differences = {"its solver is an auction that stops early, this one is exact", "T need not be a multiple of E",
+                    "a [moe.capacity] with priority = \"batch\" or \"score\" serves by σ(s)"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<BaseRouter>(spec); },
 }};
 

@@ -101,7 +101,8 @@ const Registration<RouterEntry> registration_domain{{
                     .at_least(1)
                     .as_rows_of("weight"),
                 k_option(1), renormalise_option("none")},
-    .probes = {{"logits", "[T,E]", "weight[d], where learned"}, {"probs", "[T,E]", "softmax of them"}},
+    .probes = {{"logits", "[T,E]", "weight[d], where learned; -1e9 for inactive experts"},
+               {"probs", "[T,E]", "softmax of them"}},
     .differences = {"evaluation reads the label too, where the paper mixes experts by an estimate of it (hard)",
                     "no noise and no balance loss of its own (learned)"},
     .verified_with = {{{"k", int64_t{2}}}, {{"hard", false}, {"k", int64_t{2}}}},

@@ -241,7 +241,9 @@ const Registration<RouterEntry> registration_dynmoe{{
     .differences = {"windows count optimiser steps over all ranks and micro-batches; the code counts forward passes of a rank "
                     "(300, 600, 900; here a third)",
                     "an added expert's moments start at zero", "a window in which nothing was recorded changes nothing",
-                    "inactive experts' vectors count in the simplicity loss but do not move", "τ is not trained"},
+                    "inactive experts' vectors count in the simplicity loss but do not move", "τ is not trained",
+                    "gates are 1/K as they stand: there is no `renormalise`",
+                    "a [moe.capacity] with priority = \"batch\" or \"score\" serves by s"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<DynmoeRouter>(spec); },
 }};
 

@@ -45,7 +45,8 @@ const Registration<RouterEntry> registration_frozen{{
                        "gates from a softmax over all experts, or over the chosen ones (after the selection)")
                     .one_of({"before", "after"}),
                 renormalise_option("none")},
-    .probes = {{"logits", "[T,E]", "W x, without noise"}, {"probs", "[T,E]", "softmax of them"}},
+    .probes = {{"logits", "[T,E]", "W x, without noise; -1e9 for inactive experts"},
+               {"probs", "[T,E]", "softmax of them"}},
     .differences = {"k is constant; the paper raises it during training"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<FrozenRouter>(spec); },
 }};

@@ -4,7 +4,8 @@
 //   segments of T_s rows;  h_n = mean of segment n's rows;  e_n = softmax(R h_n)
 //   rows of segment n: y = f(x; Σ_i α_i θ_i) with α = e_{n-1}: one merged expert per segment, mixed from what came before it
 //   segment 1: own_stopgrad is the paper's α = stopgrad(e_1), which tells its first rows of its later ones; uniform is α = 1/E
-//   eval = prompt: all the rows at hand are the prompt, α = softmax(R · their mean); while decoding those of the first call
+//   eval = prompt: α = softmax(R · mean of the prompt) for all rows. The prompt is [eval] prompt tokens, without it all the rows
+//   at hand; while decoding it is the first call
 //   first warmup_steps steps: the dense model is expert 0 alone; then all others become copies of it, moments too
 //
 // The copies give the same function whatever α is. R must not start at 0: equal experts under uniform weights stay equal.
@@ -81,6 +82,7 @@ class LoryRouter : public LinearRouter {
     RouterFacts facts = LinearRouter::facts();
     facts.batch_independent = !own_first_;
     facts.batch_independent_eval = facts.decodes = !prompt_ && !own_first_in_eval_;
+    facts.reads_prompt = prompt_;
     facts.straight_through = own_first_ || own_first_in_eval_;  // stopgrad
     facts.stateful = warmup_steps_ > 0;
     return facts;
@@ -89,7 +91,8 @@ class LoryRouter : public LinearRouter {
   RouteOutput route(const RouteInput& in, RouteState& state) const override {
     require_finite(in.routed(), "x", in);
     if (dense_.defined() && dense_.item<double>() != 0) return finish_merge(dense_logits(in), in.sequence_T);
-    return in.mode == Mode::kDecode ? decode(in, state) : route_segments(in);
+    if (in.mode == Mode::kDecode) return decode(in, state);
+    return whole_prompt(in) ? route_prompt(in) : route_segments(in);
   }
 
   // Told per site, so that routers shared by several places copy the experts of each.
@@ -158,6 +161,18 @@ class LoryRouter : public LinearRouter {
     return finish_merge(used_logits(in, groups, own_GE), groups.of_row_T);
   }
 
+  // One mixture per sequence. What follows the prompt is not in its mean.
+  RouteOutput route_prompt(const RouteInput& in) const {
+    const LoryGroups groups = lory_groups(in.sequence_T, segment_of_row(in));
+    Tensor x_TD = in.routed(), group_T = groups.of_row_T;
+    if (in.prompt > 0) {
+      const Tensor given_P = in.position_T.lt(in.prompt).nonzero().squeeze(1);
+      x_TD = x_TD.index_select(0, given_P.to(x_TD.device()));
+      group_T = group_T.index_select(0, given_P);
+    }
+    return finish_merge(logits_of(in, sums_over_groups(x_TD, group_T, groups.count()).mean_GD()), groups.of_row_T);
+  }
+
   // Each sequence's open segment comes along as one more row, which stands for the rows that earlier calls saw of it: their
   // sum, their number, and the mixture that the segment began with.
   RouteOutput decode(const RouteInput& in, RouteState& state) const {
@@ -215,12 +230,13 @@ const Registration<RouterEntry> registration_lory{{
                 option("first_segment_eval", "same", "the same in evaluation, where only uniform is causal")
                     .one_of({"same", "uniform"}),
                 option("eval", "segments",
-                       "evaluation by segments, or one mixture from the mean of the whole prompt (for generation and `moelab "
-                       "route`: the loss of a causal model would see the future)")
+                       "evaluation by segments, or one mixture from the mean of the prompt: of what generation starts from, of "
+                       "[eval] prompt tokens (only what follows is scored), of all rows in `moelab route`")
                     .one_of({"segments", "prompt"}),
                 option("warmup_steps", 0, "steps with expert 0 alone, the dense model; then all experts become its copies")
                     .at_least(0).in_steps()},
-    .probes = {{"logits", "[T,E]", "what the row's mixture is the softmax of"}, {"probs", "[T,E]", "the row's mixture"}},
+    .probes = {{"logits", "[T,E]", "what the row's mixture is the softmax of; -1e9 for inactive experts"},
+               {"probs", "[T,E]", "the row's mixture"}},
     .differences = {"the first segment is mixed uniformly unless first_segment = \"own_stopgrad\" asks for the paper's rule, "
                     "under which rows see later ones",
                     "the last segment may be shorter", "R starts at N(0, 0.02²); the paper gives no value",

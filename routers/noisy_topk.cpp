@@ -199,7 +199,7 @@ const Registration<RouterEntry> registration_noisy_topk{{
     .paper_losses = {{"importance", 0.1, {{"of", std::string("gates")}}},
                      {"load", 0.1, {{"threshold", std::string("exclude_self")}}}},
     .noise_shape = "normal [T,E], with groups [T,G+E]",
-    .probes = {{"logits", "[T,E]", "W_g x, without noise"},
+    .probes = {{"logits", "[T,E]", "W_g x, without noise; -1e9 for inactive experts"},
                {"probs", "[T,E]", "softmax of them; with groups that of the groups times that inside the group"},
                {"importance", "[E]", "sum of the gates over the rows"},
                {"load", "[E]",

@@ -148,11 +148,12 @@ const Registration<RouterEntry> registration_sigmoid_topk{{
          option("groups", 1, "groups of consecutive experts").at_least(1),
          option("groups_kept", 0, "groups that a row may choose from, by the sum of their two best scores; 0 = all").at_least(0)},
     .paper_losses = {{"balance", 1e-4, {{"counts", std::string("any_choice")}, {"divide_by_k", true}}}},
-    .probes = {{"logits", "[T,E]", "W x, without noise"},
+    .probes = {{"logits", "[T,E]", "W x, without noise; -1e9 for inactive experts"},
                {"probs", "[T,E]", "s / Σ s, which losses read"},
                {"scores", "[T,E]", "s = σ(logits)"}},
     .differences =
         {"the defaults are the plain ones (DeepSeek-V3: renormalise before_drop, scale 2.5, bias_rate 0.001, 4 of 8 groups)",
+         "a [moe.capacity] with priority = \"batch\" or \"score\" serves by s, without bias and scale",
          "the paper forms its loss per sequence (scope = \"sequence\")", "W starts at N(0, 0.02²)"},
     .verified_with = {{{"groups", int64_t{2}}, {"groups_kept", int64_t{1}}, {"k", int64_t{2}}},
                       {{"selection_bias", true}, {"bias_rate", 0.01}},

@@ -196,7 +196,7 @@ const Registration<RouterEntry> registration_stablemoe{{
                        .factor = 2,
                        .round = CapacityPolicy::Round::kFloor,
                        .scope = CapacityPolicy::Scope::kGlobal},
-    .probes = {{"logits", "[T,E]", "s = W x"},
+    .probes = {{"logits", "[T,E]", "s = W x; -1e9 for inactive experts"},
                {"probs", "[T,E]", "softmax of them"},
                {"distilled", "[T,E]", "ŝ"},
                {"agreement", "[T]", "1 where argmax ŝ = argmax s"}},
@@ -204,6 +204,7 @@ const Registration<RouterEntry> registration_stablemoe{{
         {"stage 1 ends after a number of steps, not after a share of them",
          "in stage 2 the distilled router stands still; the released code leaves it in the optimiser, which moves it",
          "each layer has losses of its own; the released code keeps the last layer's alone",
+         "a [moe.capacity] with priority = \"batch\" or \"score\" serves by the gate σ(s)",
          "no token id is reserved for padding, which is never routed"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<StableMoe>(spec); },
 }};

@@ -39,7 +39,8 @@ const Registration<RouterEntry> registration_switch{{
     .paper_losses = {{"balance", 0.01, {{"counts", std::string("first_choice")}, {"probabilities", std::string("noisy")}}}},
     .paper_capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1.25},
     .noise_shape = "uniform(0,1) [T,D]",
-    .probes = {{"logits", "[T,E]", "without jitter"}, {"probs", "[T,E]", "softmax of them"}},
+    .probes = {{"logits", "[T,E]", "without jitter; -1e9 for inactive experts"},
+               {"probs", "[T,E]", "softmax of them"}},
     .differences = {"the rows that share a capacity are those of one sequence; the paper's are a slice of the batch"},
     .make = [](RouterSpec spec) -> std::unique_ptr<Router> { return std::make_unique<SwitchRouter>(spec); },
 }};

@@ -66,7 +66,7 @@ const Registration<RouterEntry> registration_top_p{{
         {option("p", 0.4, "probability that a row's experts have to exceed together; 0: the best alone, 1: all").between(0, 1),
          option("k_max", 0, "at most this many experts per row; 0 = all").at_least(0), renormalise_option("none")},
     .paper_losses = {{"balance", 0.01, {{"counts", std::string("any_choice")}, {"divide_by_k", true}}}, {"entropy", 1e-4}},
-    .probes = {{"logits", "[T,E]", "W x, without noise"},
+    .probes = {{"logits", "[T,E]", "W x, without noise; -1e9 for inactive experts"},
                {"probs", "[T,E]", "softmax of them"},
                {"k", "[T]", "experts that the row chose, before drops"}},
     .differences = {"k_max caps the number of experts",

@@ -53,7 +53,7 @@ const Registration<RouterEntry> registration_vmoe{{
                        .scope = CapacityPolicy::Scope::kMicro,
                        .priority = CapacityPolicy::Priority::kBatch},
     .noise_shape = "normal [T,E]",
-    .probes = {{"logits", "[T,E]", "W x, without noise"},
+    .probes = {{"logits", "[T,E]", "W x, without noise; -1e9 for inactive experts"},
                {"probs", "[T,E]", "softmax of them"},
                {"importance", "[E]", "sum of the probabilities over the rows"},
                {"load", "[E]", "sum over the rows of P(e stays chosen); counts in evaluation and at k = E"}},

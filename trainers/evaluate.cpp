@@ -1,5 +1,7 @@
 #include "trainers/evaluate.h"
 
+#include "core/error.h"
+
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros_like.h>
@@ -13,6 +15,14 @@
 namespace moelab {
 namespace {
 
+// Only what comes after the prompt is scored. The prompt's last row predicts the first token of it.
+Tensor after_prompt(const Tensor& targets_BL, int64_t prompt) {
+  if (prompt == 0) return targets_BL;
+  Tensor scored_BL = targets_BL.clone();
+  scored_BL.narrow(1, 0, std::min(prompt - 1, scored_BL.size(1))).fill_(-1);
+  return scored_BL;
+}
+
 // Values of scope "micro" and "sequence": their sum weighted by rows, or their sum alone for losses that are sums.
 struct LocalSum {
   double value = 0;
@@ -22,7 +32,8 @@ struct LocalSum {
 // Sums over sequences that the final ratios are formed from.
 struct EvalSums {
   const std::vector<Site*>& sites;
-  int64_t tokens = 0, right = 0;
+  int64_t tokens = 0, right = 0;  // scored
+  int64_t targets = 0;            // scored or not: what sums over rows are divided by
   double loss = 0, bytes = 0;
   std::vector<RoutingRecord> records;
   TermTotals totals;                   // of scope "step"
@@ -30,11 +41,12 @@ struct EvalSums {
 
   explicit EvalSums(const std::vector<Site*>& all) : sites(all), records(all.size()) {}
 
-  void add(const ModelOutput& out, const Batch& batch) {
-    const Tensor counted_BL = batch.targets_BL.ge(0);
+  void add(const ModelOutput& out, const Batch& batch, const Tensor& scored_BL) {
+    const Tensor counted_BL = scored_BL.ge(0);
+    targets += batch.target_tokens();
     tokens += counted_BL.sum().item<int64_t>();
-    right += out.logits_BLV.argmax(-1).eq(batch.targets_BL).logical_and(counted_BL).sum().item<int64_t>();
-    loss += cross_entropy_sum(out.logits_BLV, batch.targets_BL).item<double>();
+    right += out.logits_BLV.argmax(-1).eq(scored_BL).logical_and(counted_BL).sum().item<int64_t>();
+    loss += cross_entropy_sum(out.logits_BLV, scored_BL).item<double>();
     for (size_t s = 0; s < out.sites.size(); ++s) {
       records[s].add(out.sites[s].record);
       for (const TermStatistics& found : out.sites[s].statistics) add_term({s, found.term}, found.per_scope);
@@ -53,11 +65,12 @@ struct EvalSums {
 
   void all_reduce(Comm& comm) {
     if (comm.size() == 1) return;
-    const Tensor counts = at::tensor({tokens, right}, at::kLong), sums = at::tensor({loss, bytes}, at::kDouble);
+    const Tensor counts = at::tensor({tokens, right, targets}, at::kLong), sums = at::tensor({loss, bytes}, at::kDouble);
     comm.all_reduce(counts);
     comm.all_reduce(sums);
     tokens = counts[0].item<int64_t>();
     right = counts[1].item<int64_t>();
+    targets = counts[2].item<int64_t>();
     loss = sums[0].item<double>();
     bytes = sums[1].item<double>();
     for (RoutingRecord& record : records) record.all_reduce(comm);
@@ -104,7 +117,7 @@ struct EvalSums {
   TermReading reading(const TermKey& key) const {
     const LossTerm& term = term_at(sites, key);
     const double value = value_of(key);
-    return {value, value * term.coefficient * sum_scale(*term.loss, tokens)};
+    return {value, value * term.coefficient * sum_scale(*term.loss, targets)};
   }
 };
 
@@ -114,6 +127,7 @@ StepContext eval_context(const EvalSettings& settings, Comm& comm) {
   context.seed = settings.seed;
   context.step = settings.step;
   context.total_steps = settings.total_steps;
+  context.prompt = settings.prompt;
   context.comm = &comm;
   return context;
 }
@@ -128,8 +142,9 @@ EvalSums sums_of(const Model& model, const std::vector<Site*>& sites, const Data
   if (comm.size() > 1) sums.take_shapes(model.forward(with_lengths(data.eval_batch(0, 1)), context));
   for (int64_t first = comm.rank() * settings.batch; first < count; first += comm.size() * settings.batch) {
     const Batch rows = with_lengths(data.eval_batch(first, std::min(settings.batch, count - first)));
-    sums.add(model.forward(rows, context), rows);
-    sums.bytes += data.bytes_of(rows.targets_BL);
+    const Tensor scored_BL = after_prompt(rows.targets_BL, settings.prompt);
+    sums.add(model.forward(rows, context), rows, scored_BL);
+    sums.bytes += data.bytes_of(scored_BL);
   }
   sums.all_reduce(comm);
   pool_layers(sums.totals, sites);
@@ -142,7 +157,10 @@ Evaluation evaluate(const Model& model, const Dataset& data, const EvalSettings&
   const at::NoGradGuard no_grad;
   const std::vector<Site*> sites = model.sites();
   const EvalSums sums = sums_of(model, sites, data, settings, comm);
+  if (sums.tokens == 0 && settings.prompt > 0)
+    usage_error(fmt::format("[eval] prompt = {} leaves no validation token to score; make it smaller", settings.prompt));
   Evaluation out;
+  out.prompt = settings.prompt;
   const double tokens = static_cast<double>(std::max<int64_t>(1, sums.tokens));
   out.tokens = sums.tokens;
   out.loss = sums.loss / tokens;

@@ -118,6 +118,8 @@ OptionSpecs eval_options() {
   return {
       option("every", 0, "steps between evaluations; 0 = only at the end").at_least(0),
       option("sequences", 0, "validation sequences, images or vectors of an evaluation during training; 0 = all").at_least(0),
+      option("prompt", 0, "tokens that begin each validation sequence, unscored: a prompt that routers may read whole; 0 = none")
+          .at_least(0),
       option("baseline", "none", "models to report beside ours: none, or interpolated n-grams of bytes")
           .one_of({"none", "ngram"}),
   };
@@ -160,6 +162,7 @@ TrainSettings read_train_settings(const Table& root) {
   s.allow_noncausal_training = train.flag("allow_noncausal_training");
   s.eval_every = eval.integer("every");
   s.eval_sequences = eval.integer("sequences");
+  s.eval_prompt = eval.integer("prompt");
   s.ngram_baselines = eval.text("baseline") == "ngram";
   s.checkpoint_every = checkpoint.integer("every");
   s.keep_last = checkpoint.integer("keep_last");

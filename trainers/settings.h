@@ -34,6 +34,7 @@ struct TrainSettings {
   double clip_norm = 1;         // 0 = no clipping
   int64_t log_every = 10;
   int64_t eval_every = 0;       // 0 = only at the end
+  int64_t eval_prompt = 0;      // tokens that begin each sequence of an evaluation unscored
   int64_t eval_sequences = 0;   // during training; 0 = the whole split. The final evaluation always reads all of it
   bool ngram_baselines = false; // fit n-gram models on the training bytes and report them beside the model
   int64_t checkpoint_every = 0; // 0 = only at the end

@@ -178,6 +178,7 @@ Request Trainer::observe(const StepResult& result, double lr, double norm) {
     const at::NoGradGuard no_grad;
     StepContext context = step_context();
     context.mode = Mode::kEval;
+    context.prompt = settings_.eval_prompt;
     context.forced = forced;
     return model_->forward(batch, context);
   };
@@ -192,7 +193,8 @@ Request Trainer::observe(const StepResult& result, double lr, double norm) {
 }
 
 void Trainer::evaluate_now(bool final) {
-  const EvalSettings settings{final ? 0 : settings_.eval_sequences, settings_.batch, settings_.seed, step_, settings_.steps};
+  const EvalSettings settings{
+      final ? 0 : settings_.eval_sequences, settings_.batch, settings_.seed, step_, settings_.steps, settings_.eval_prompt};
   last_evaluation_ = evaluate(*model_, *data_, settings, *comm_);
   for (Observer* observer : observers_) observer->on_evaluation(last_evaluation_, step_, final);
 }

@@ -44,7 +44,7 @@ const Registration<LossEntry> distillation_registration{{
     .name = "distillation",
     .title = "Distillation loss of StableMoE",
     .citation = "Dai et al. 2022, 2204.08396",
-    .equation = "Σ_t CE(ŝ_t, chosen expert), a sum over rows; its landmarks are per row",
+    .equation = "Σ_t CE(ŝ_t, chosen expert), a sum over rows, 0 in stage 2; its landmarks are per row",
     .coefficient = 1,
     .make = [](const Options&, const RouterEntry&) { return std::make_unique<DistillationLoss>(); },
     .refuses = distillation_refuses,

@@ -56,7 +56,8 @@ const Registration<LossEntry> stablemoe_balance_registration{{
     .name = "stablemoe_balance",
     .title = "Balance loss of StableMoE",
     .citation = "Dai et al. 2022, 2204.08396",
-    .equation = "Σ_e ((n_e - n̄)/n̄) · Σ_{t on e} σ(s_te), a sum over rows; its landmarks are per row, at σ = 1/2",
+    .equation = "Σ_e ((n_e - n̄)/n̄) · Σ_{t on e} σ(s_te), a sum over rows, 0 in StableMoE's stage 2; its landmarks are per row, "
+                "at σ = 1/2",
     .coefficient = 0.3,
     .make = [](const Options&, const RouterEntry&) { return std::make_unique<StableMoeBalance>(); },
     .refuses = stablemoe_balance_refuses,

@@ -12,17 +12,22 @@ const char* const kLabelled = "allow_noncausal_training = true (the training los
 // What lets the future in, and where it is written.
 struct LookAhead {
   bool by_router = false;
+  bool by_prompt = false;  // it would not, were the prompt not judged
   std::string reason;
 };
 
-LookAhead look_ahead(const LayerSettings& layer, const RouterFacts& facts, Mode mode) {
+LookAhead look_ahead(const LayerSettings& layer, const RouterFacts& facts, Mode mode, int64_t prompt) {
   const int64_t k = choices_per_row(facts, layer.router_spec, mode);
-  const Causality verdict = causality(facts, layer.router_spec.capacity(mode), mode, k);
+  const auto verdict_with = [&](const CapacityPolicy& policy, int64_t given) { return causality(facts, policy, mode, k, given); };
+  const Causality verdict = verdict_with(layer.router_spec.capacity(mode), prompt);
   if (verdict.causal) return {};
-  return {!causality(facts, CapacityPolicy{}, mode, k).causal, verdict.reason};
+  const bool by_router = !verdict_with({}, prompt).causal;
+  return {by_router, by_router && verdict_with({}, 1).causal, verdict.reason};
 }
 
 std::string remedy(const LookAhead& ahead, Mode mode) {
+  if (ahead.by_prompt)
+    return "set [eval] prompt = N: the first N tokens of each sequence are then its prompt, and only those after it are scored";
   const std::string cure = ahead.by_router ? fmt::format("use a router that decides row by row in {}", to_string(mode))
                                            : "set priority = \"position\" with order = \"token_major\", or mode = \"none\"";
   return mode == Mode::kTrain ? fmt::format("{}, or {}", cure, kLabelled) : cure;
@@ -41,12 +46,12 @@ std::string remedy(const LookAhead& ahead, Mode mode) {
 
 }  // namespace
 
-std::string require_causal(const Table& moe, const LayerSettings& layer, bool allow_noncausal_training) {
+std::string require_causal(const Table& moe, const LayerSettings& layer, bool allow_noncausal_training, int64_t prompt) {
   // Only an instance knows its facts; it is small beside the experts.
   const RouterFacts facts = make_router(layer.router, layer.router_spec)->facts();
-  const LookAhead eval = look_ahead(layer, facts, Mode::kEval);
+  const LookAhead eval = look_ahead(layer, facts, Mode::kEval, prompt);
   if (!eval.reason.empty()) refuse_look_ahead(moe, layer, eval, Mode::kEval);
-  const LookAhead train = look_ahead(layer, facts, Mode::kTrain);
+  const LookAhead train = look_ahead(layer, facts, Mode::kTrain, prompt);
   if (!train.reason.empty() && !allow_noncausal_training) refuse_look_ahead(moe, layer, train, Mode::kTrain);
   return train.reason;
 }

@@ -9,7 +9,7 @@
 namespace moelab {
 
 // Throws Error(kUsage) at the place that lets the future in. Otherwise returns why training sees the future, "" if it does
-// not. `moe` is the table that describes the layer.
-std::string require_causal(const Table& moe, const LayerSettings& layer, bool allow_noncausal_training);
+// not. `moe` is the table that describes the layer, `prompt` the tokens that evaluation does not judge.
+std::string require_causal(const Table& moe, const LayerSettings& layer, bool allow_noncausal_training, int64_t prompt);
 
 }  // namespace moelab

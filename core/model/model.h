@@ -22,6 +22,7 @@ struct StepContext {
   int64_t step = 0;
   int64_t total_steps = 1;
   int64_t pass = 0;
+  int64_t prompt = 0;  // RouteInput::prompt
   Comm* comm = nullptr;
   bool recompute = false;                                // recompute each block's activations in the backward pass
   const std::vector<Assignment>* forced = nullptr;       // one per site: replay these selections
@@ -83,6 +84,7 @@ struct ModelSpec {
   DataShape data;
   int64_t seed = 0;
   bool allow_noncausal_training = false;
+  int64_t eval_prompt = 0;  // of every evaluation: RouteInput::prompt
 };
 
 struct ModelEntry {

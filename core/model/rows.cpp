@@ -73,6 +73,7 @@ RouteInput BatchRows::route_input(const StepContext& context) const {
   in.step = context.step;
   in.total_steps = context.total_steps;
   in.pass = context.pass;
+  in.prompt = context.prompt;
   in.comm = context.comm ? context.comm : comm_of_one();
   return in;
 }

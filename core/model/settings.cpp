@@ -70,7 +70,7 @@ struct BlockReader {
       spec.root.child("model").fail("twin",
                                     fmt::format("only feed-forward experts have a dense twin; '{}' has none", layer.expert));
     if (attention && attention->causal && !twin)
-      if (const std::string why = require_causal(here, layer, spec.allow_noncausal_training); !why.empty())
+      if (const std::string why = require_causal(here, layer, spec.allow_noncausal_training, spec.eval_prompt); !why.empty())
         settings.sees_future.push_back(fmt::format("layers.{}.{}: {}", layer.router_spec.layer, table, why));
     const auto once = [&](bool taken) {
       if (taken)

@@ -166,6 +166,16 @@ TEST_CASE("lory's facts: causal by segments, not where the first segment reads i
   CHECK(causal_in(honest, Mode::kEval));
   CHECK(causal_in(prompt, Mode::kTrain));
   CHECK_FALSE(causal_in(prompt, Mode::kEval));
+  const auto after_prompt = [](LoryOptions options, Mode mode) {
+    return causality(lory_router(std::move(options))->facts(), {}, mode, 0, /*prompt=*/3).causal;
+  };
+  CHECK(after_prompt(prompt, Mode::kEval));
+  CHECK_FALSE(after_prompt(kLoryPaper, Mode::kEval));  // its first segment is no prompt
+  CHECK_FALSE(after_prompt(prompt, Mode::kDecode));
+  LoryOptions paper_prompt = kLoryPaper;
+  paper_prompt["eval"] = word("prompt");
+  CHECK(after_prompt(paper_prompt, Mode::kEval));
+  CHECK_FALSE(after_prompt(paper_prompt, Mode::kTrain));
   CHECK(lory_router({})->facts().decodes);
   CHECK(lory_router(honest)->facts().decodes);
   CHECK_FALSE(lory_router(kLoryPaper)->facts().decodes);
@@ -208,6 +218,28 @@ TEST_CASE("lory with eval = prompt mixes once per sequence, from the mean of all
   CHECK(lory_plan(out).group_of_token_T.equal(longs_of(kLoryInterleaved)));
   CHECK(relative_error(lory_mixtures(out), numbers(slow_lory(*router, x_TD, kLoryInterleaved, one_segment, true))) < 1e-10);
   CHECK(relative_error(lory_mixtures(route(*router, RouteCase(x_TD).sequences(kLoryInterleaved).train())),
+                       numbers(slow_lory(*router, x_TD, kLoryInterleaved, kLorySegments, false))) < 1e-10);
+}
+
+TEST_CASE("lory after a prompt of n tokens mixes once per sequence, from the mean of its first n rows, and reads no others") {
+  const Tensor x_TD = random_tensor(2, {8, 4});
+  const auto router = lory_router({{"eval", word("prompt")}});
+  for (int64_t prompt = 1; prompt <= 6; ++prompt) {
+    std::vector<int64_t> after, rows_before(2, 0);
+    for (const int64_t sequence : kLoryInterleaved) after.push_back(rows_before[sequence]++ >= prompt);
+    RouteCase input = RouteCase(x_TD).sequences(kLoryInterleaved);
+    input.in.prompt = prompt;
+    const RouteOutput out = route(*router, input);
+    CHECK(lory_plan(out).group_of_token_T.equal(longs_of(kLoryInterleaved)));
+    CHECK(relative_error(lory_mixtures(out), numbers(slow_lory(*router, x_TD, kLoryInterleaved, after, true))) < 1e-10);
+    const Tensor unread_T1 = longs_of(after).unsqueeze(1);
+    RouteCase changed = RouteCase(x_TD.add(unread_T1)).sequences(kLoryInterleaved);
+    changed.in.prompt = prompt;
+    CHECK(lory_mixtures(route(*router, changed)).equal(lory_mixtures(out)));
+  }
+  RouteCase training = RouteCase(x_TD).sequences(kLoryInterleaved).train();
+  training.in.prompt = 2;
+  CHECK(relative_error(lory_mixtures(route(*router, training)),
                        numbers(slow_lory(*router, x_TD, kLoryInterleaved, kLorySegments, false))) < 1e-10);
 }
 

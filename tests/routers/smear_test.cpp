@@ -66,7 +66,8 @@ TEST_CASE("smear looks at its whole sequence and at no other, and says so") {
   changed_TD[2] += 1;
   CHECK_FALSE(alpha_of(changed_TD)[0].equal(alpha_of(x_TD)[0]));
   CHECK(alpha_of(changed_TD)[1].equal(alpha_of(x_TD)[1]));
-  for (const Mode mode : {Mode::kTrain, Mode::kEval}) CHECK_FALSE(causality(router->facts(), {}, mode, 0).causal);
+  for (const Mode mode : {Mode::kTrain, Mode::kEval})
+    for (const int64_t prompt : {0, 4}) CHECK_FALSE(causality(router->facts(), {}, mode, 0, prompt).causal);
   CHECK_FALSE(router->facts().decodes);
 }
 
