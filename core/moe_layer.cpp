@@ -180,6 +180,29 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
   return spec;
 }
 
+// Linear maps have no pre-activations to make again.
+void refuse_unread_recompute(const Table& moe, const LayerSettings& settings) {
+  if (settings.recompute && settings.place != ExpertPlace::kFeedForward)
+    moe.fail("recompute",
+             fmt::format("experts '{}' keep no pre-activations that could be made again; [train] recompute = true makes "
+                         "whole blocks again",
+                         settings.expert));
+}
+
+// What is dropped is drawn per row of the layer, which only the experts' own way through a sparse plan knows. One decision for
+// several maps has no other way.
+void refuse_unread_dropout(const Table& expert, const LayerSettings& settings) {
+  const Options& options = settings.expert_spec.options;
+  if (settings.place != ExpertPlace::kLinears || !options.declared("dropout") || options.real("dropout") == 0) return;
+  const bool one_for_several = options.text("decision") == "layer" && options.text("targets") != "ffn";
+  const bool own_way = settings.execution == Execution::kAuto || one_for_several;
+  if (own_way && make_router(settings.router, settings.router_spec)->facts().plan_in(Mode::kTrain) == PlanForm::kSparse) return;
+  expert.fail("dropout",
+              fmt::format("experts '{}': dropout is drawn per row of the layer, which takes a router with a sparse plan "
+                          "and execution = \"auto\"; set dropout = 0",
+                          settings.expert));
+}
+
 }  // namespace
 
 const std::vector<std::string>& layer_tables() {
@@ -214,6 +237,8 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   read_experts(moe, std::move(expert), settings, default_expert(table));
   settings.execution = execution_of(options.text("execution"));
   settings.recompute = options.flag("recompute");
+  refuse_unread_recompute(moe, settings);
+  refuse_unread_dropout(moe.child("expert"), settings);
   settings.losses = read_losses(root, options, entry, router);
   return settings;
 }

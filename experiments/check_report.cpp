@@ -151,6 +151,12 @@ Json layer_json(const Experiment& e, const Site& site) {
           {"losses", losses}};
 }
 
+Json warnings_json(const Experiment& e) {
+  Json warnings = Json::array();
+  if (const std::string line = untrained_base(e); !line.empty()) warnings.push_back(line);
+  return warnings;
+}
+
 }  // namespace
 
 Json check_report(const Experiment& e) {
@@ -167,6 +173,7 @@ Json check_report(const Experiment& e) {
           {"learning_rate", learning_rate_json(e.train)},
           {"layers", layers},
           {"sees_future", e.model->training_sees_future()},
+          {"warnings", warnings_json(e)},
           {"refusals", Json::array()}};
 }
 

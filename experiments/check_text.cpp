@@ -114,6 +114,7 @@ std::string check_text(const Json& report) {
   if (report.at("layers").empty()) text += "\nno layer routes\n";
   for (const Json& site : report.at("sees_future"))
     text += "\nthe training loss sees the future: " + site.get<std::string>() + "\n";
+  for (const Json& warning : report.at("warnings")) text += "\nwarning: " + warning.get<std::string>() + "\n";
   return text + "\nnothing is refused\n";
 }
 

@@ -80,6 +80,10 @@ void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoi
   }
   for (const std::string& label : experiment.model->training_sees_future())
     fmt::print(stderr, "moelab: {}: its training loss sees the future; compare evaluations only\n", label);
+  if (const std::string line = untrained_base(experiment); !line.empty()) {
+    fmt::print(stderr, "moelab: {}\n", line);
+    if (!checkpoint) records.event(0, "untrained_base", {{"message", line}});
+  }
   folder.set_status("running");
   catch_signals();
   Outcome outcome = Outcome::kDone;

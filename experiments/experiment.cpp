@@ -143,6 +143,12 @@ Experiment start_experiment(const Table& root, const std::string& tokenizer) {
   return e;
 }
 
+std::string untrained_base(const Experiment& experiment) {
+  const Model& model = *experiment.model;
+  if (!experiment.train.init_from.empty() || model.optimised().size() == model.parameters().size()) return "";
+  return "the adapters stand on a base of random weights that nothing trains; name the run that it comes from in [init] from";
+}
+
 void prepare_process(const TrainSettings& settings) {
   keep_freed_memory();
   if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));

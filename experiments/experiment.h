@@ -31,6 +31,9 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer = "")
 // The same, with what [init] names in the model: for commands that run it.
 Experiment start_experiment(const Table& root, const std::string& tokenizer = "");
 
+// Where adapters stand on weights that nothing trained: a line that says so; "" = they do not.
+std::string untrained_base(const Experiment& experiment);
+
 // The parameters that the process sets for its own run: threads, memory kept, denormals.
 void prepare_process(const TrainSettings& settings);
 

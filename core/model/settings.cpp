@@ -6,6 +6,7 @@
 #include "core/model/twin.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <cmath>
 #include <map>
@@ -14,6 +15,33 @@ namespace moelab {
 namespace {
 
 at::ScalarType model_dtype(const Options& model) { return model.text("dtype") == "float64" ? at::kDouble : at::kFloat; }
+
+// Which table describes experts of a place, and what they are.
+struct PlaceTable {
+  const char* table;
+  const char* what;
+};
+
+PlaceTable table_of(ExpertPlace place) {
+  switch (place) {
+    case ExpertPlace::kAttention:
+      return {"attention", "are attention heads"};
+    case ExpertPlace::kLinears:
+      return {"adapters", "are laid on the linear maps of dense blocks"};
+    default:
+      return {"moe", "stand in for a feed-forward layer"};
+  }
+}
+
+void require_own_table(const Table& here, const std::string& table, const LayerSettings& layer) {
+  const PlaceTable own = table_of(layer.place);
+  if (own.table == table) return;
+  std::vector<std::string> fitting;
+  for (const ExpertEntry& entry : Registry<ExpertEntry>::instance().all())
+    if (table_of(entry.place).table == table) fitting.push_back(entry.name);
+  here.child("expert").fail("name", fmt::format("experts '{}' {}: describe them in [{}]; [{}] takes {}", layer.expert, own.what,
+                                                own.table, table, fmt::join(fitting, ", ")));
+}
 
 // Reads the blocks of one model, one by one.
 struct BlockReader {
@@ -65,6 +93,7 @@ struct BlockReader {
 
   void place(BlockSettings& settings, const Table& tables, const std::string& table, LayerSettings layer) const {
     const Table here = tables.child(table);
+    require_own_table(here, table, layer);
     const bool twin = model.text("twin") != "none";
     if (twin && layer.place != ExpertPlace::kFeedForward)
       spec.root.child("model").fail("twin",
@@ -72,24 +101,18 @@ struct BlockReader {
     if (attention && attention->causal && !twin)
       if (const std::string why = require_causal(here, layer, spec.allow_noncausal_training, spec.eval_prompt); !why.empty())
         settings.sees_future.push_back(fmt::format("layers.{}.{}: {}", layer.router_spec.layer, table, why));
-    const auto once = [&](bool taken) {
-      if (taken)
-        here.child("expert").fail("name",
-                                  fmt::format("experts '{}' want a place of the block that another table has", layer.expert));
-    };
     if (layer.place == ExpertPlace::kAttention) {
-      once(settings.routed_attention.has_value());
       if (!attention)
         here.child("expert").fail("name",
                                   fmt::format("experts '{}' are attention heads, but this model has no attention", layer.expert));
+      if (attention->causal) require_causal_mask(here.child("expert"), layer);
       settings.routed_attention = std::move(layer);
     } else if (layer.place == ExpertPlace::kLinears) {
-      once(settings.adapters.has_value());
       settings.adapters = read_adapters(here.child("expert"), std::move(layer), linears());
+    } else if (twin) {
+      settings.dense = dense_twin(tables, layer, model.text("twin"));
     } else {
-      once(settings.moe.has_value() || settings.dense.has_value());
-      if (twin) settings.dense = dense_twin(tables, layer, model.text("twin"));
-      else settings.moe = std::move(layer);
+      settings.moe = std::move(layer);
     }
   }
 

@@ -141,9 +141,9 @@ void require_same(const Names& found, const Names& expected, const std::string& 
 }
 
 // noisy_topk_levels_test.cpp holds more tests of noisy_topk.
-bool is_part_of_another(const std::string& test, const Names& routers) {
-  return !routers.contains(test) &&
-         std::any_of(routers.begin(), routers.end(), [&](const std::string& router) { return test.starts_with(router + "_"); });
+bool is_part_of_another(const std::string& test, const Names& methods) {
+  return !methods.contains(test) &&
+         std::any_of(methods.begin(), methods.end(), [&](const std::string& method) { return test.starts_with(method + "_"); });
 }
 
 }  // namespace
@@ -170,10 +170,46 @@ TEST_CASE("roll call: the registry, the files, the tests and the table in expert
   Names tested;
   for (const std::string& name : stems_in("tests/experts", "_test.cpp"))
     if (name == "zero_cost") tested.merge(Names{"zero", "identity", "constant"});
-    else if (name != "mixed" && name != "compat") tested.insert(name);
+    else if (name != "mixed" && name != "compat" && !is_part_of_another(name, files)) tested.insert(name);
   require_same(tested, files, "tests/experts", "experts have tests/experts/<name>_test.cpp");
   require_same(names_in_table(kSource / "experts/README.md", "experts"), files, "the table in experts/README.md",
                "run `make docs`");
+}
+
+namespace {
+
+// What the head of a file says under "Differences from the paper:", one line.
+std::string differences_in_head(const fs::path& path) {
+  const std::string title = "// Differences from the paper:";
+  std::string text;
+  bool inside = false;
+  for (const std::string& line : lines_of(path)) {
+    if (line.starts_with(title)) inside = true;
+    else if (inside && (line.size() < 4 || !line.starts_with("// "))) break;
+    if (inside) text += line.substr(text.empty() ? title.size() : 2);
+  }
+  return text;
+}
+
+bool says_none(const std::string& differences) {
+  return differences == " none known." || differences == " none known" || differences.starts_with(" there is none");
+}
+
+template <class Entry>
+void require_registered_differences(const std::string& folder) {
+  for (const Entry& entry : Registry<Entry>::instance().all()) {
+    const std::string head = differences_in_head(kSource / folder / (entry.name + ".cpp"));
+    CAPTURE(folder, entry.name, head);
+    CHECK_FALSE(head.empty());
+    CHECK(entry.differences.empty() == says_none(head));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("roll call: what a file's head says of differences from the paper is registered, for `describe` to print") {
+  require_registered_differences<RouterEntry>("routers");
+  require_registered_differences<ExpertEntry>("experts");
 }
 
 TEST_CASE("an experiment of experts extends a base, changes experts, and is under 15 lines") {
