@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "core/grouped.h"
+#include "core/layer_tables.h"
 
 #include <ATen/core/grad_mode.h>
 
@@ -33,9 +34,13 @@ std::set<std::string> words_in(const std::string& text) {
   return words;
 }
 
-bool decides_sparsely(const LayerSettings& layer) {
-  const RouterFacts facts = make_router(layer.router, layer.router_spec)->facts();
-  return facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse;
+// One expert on the maps of one decision: what plans may be refused for.
+std::shared_ptr<ExpertBank> sample_adapter(const AdapterSettings& settings) {
+  ExpertSpec spec = settings.layer.expert_spec;
+  spec.experts = 1;
+  spec.linears = settings.linears;
+  if (!settings.one_decision && !spec.linears.empty()) spec.linears.resize(1);
+  return make_experts(settings.layer.expert, spec);
 }
 
 bool is_named(const std::string& map, const std::string& word) {
@@ -124,9 +129,8 @@ AdapterSettings read_adapters(const Table& expert, LayerSettings layer, const st
   settings.linears = targeted(expert, words, linears);
   settings.layer = std::move(layer);
   refuse_beside_feed_forward(expert, settings);
-  if (settings.one_decision && !decides_sparsely(settings.layer))
-    expert.fail("decision", fmt::format("one decision for several maps takes a sparse plan, which router '{}' does not make; use "
-                                        "decision = \"linear\"", settings.layer.router));
+  refuse_unfit_plans(expert, settings.one_decision ? "decision" : "name", settings.layer,
+                     [&] { return sample_adapter(settings); });
   return settings;
 }
 
