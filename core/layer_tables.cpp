@@ -15,8 +15,8 @@ const OptionSpec* find_option(const OptionSpecs& specs, const std::string& name)
 OptionSpecs shared_options() {
   return {
       option("count", 0, "shared experts that every row uses").at_least(0),
-      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0),
-      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)"),
+      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0).read_unless("count", "0"),
+      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)").read_unless("count", "0"),
       option("residual", false, "mix routed and shared output by softmax(x·coefficient_weight) instead of adding them (PR-MoE)"),
   };
 }
@@ -70,14 +70,6 @@ std::shared_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertS
   return make_mixed_experts(uniform, spec);
 }
 
-// Options may change the form of a router's plans in evaluation, and only an instance knows; it is not made without need.
-bool surely_sparse(const LayerSettings& settings) {
-  const RouterEntry& router = Registry<RouterEntry>::instance().find(settings.router);
-  const Options& options = settings.router_spec.options;
-  const bool as_usual = std::none_of(router.options.begin(), router.options.end(),
-                                     [&](const OptionSpec& own) { return options.was_set(own.name); });
-  return as_usual && router.facts.plan_in(Mode::kTrain) == PlanForm::kSparse &&
-         router.facts.plan_in(Mode::kEval) == PlanForm::kSparse;
 }
 
 // The kind that shared experts are of, and its option for the width.
@@ -117,11 +109,10 @@ std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm for
   return by_module ? "" : bank.refuses(form);
 }
 
-void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings,
+void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings, const RouterFacts& facts,
                         const std::function<std::shared_ptr<ExpertBank>()>& sample) {
-  if (surely_sparse(settings)) return;
-  const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
-  if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
+  const bool sparse = facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse;
+  if (sparse && settings.place != ExpertPlace::kFeedForward) return;
   const std::shared_ptr<ExpertBank> bank = sample();
   for (const Mode mode : {Mode::kTrain, Mode::kEval})
     if (const std::string reason = refused_plan(settings.place, *bank, facts.plan_in(mode)); !reason.empty())
@@ -137,7 +128,16 @@ OptionSpecs with_name(const OptionSpecs& own) {
   return all;
 }
 
-void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const char* default_kind) {
+void fail_with_place(const Table& moe, const std::string& table, const std::string& complaint) {
+  Table named = moe.child(table);
+  for (const char* other : {"router", "noise", "capacity", "expert", "shared"})
+    if (complaint.starts_with(fmt::format("[moe.{}] ", other))) named = moe.child(other);
+  const std::string own = complaint.starts_with("[moe.") ? fmt::format("[{}{}", moe.path(), complaint.substr(4)) : complaint;
+  usage_error(fmt::format("{}: {}", place_of_complaint(named, complaint.substr(complaint.find(']') + 1), "name"), own));
+}
+
+void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const RouterFacts& facts,
+                  const char* default_kind) {
   const Table table = moe.child("expert");
   settings.expert = plugin_name(table, default_kind);
   const auto& entry = find_plugin<ExpertEntry>(table, settings.expert);
@@ -150,8 +150,10 @@ void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, co
   } catch (const Error& error) {
     table.fail("name", error.what());
   }
-  if (settings.place != ExpertPlace::kLinears)  // what those stand on is not known yet
-    refuse_unfit_plans(table, "name", settings, [&] { return sample_bank(routed_parts(settings), settings.expert_spec); });
+  const auto sample = [&] {
+    return with_place(moe, "expert", [&] { return sample_bank(routed_parts(settings), settings.expert_spec); });
+  };
+  if (settings.place != ExpertPlace::kLinears) refuse_unfit_plans(table, "name", settings, facts, sample);  // else not known yet
   read_shared(moe.child("shared"), settings);
 }
 

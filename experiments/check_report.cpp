@@ -1,5 +1,6 @@
 #include "experiments/check_report.h"
 
+#include "core/memory.h"
 #include "core/model/block.h"
 
 #include <ATen/ops/sum.h>
@@ -56,7 +57,8 @@ Json memory_json(const Experiment& e) {
           {"gradients", trained},
           {"optimizer", optimizer},
           {"activations_estimate", activations},
-          {"total_estimate", parameters + trained + optimizer + activations}};
+          {"total_estimate", parameters + trained + optimizer + activations},
+          {"machine", physical_memory()}};
 }
 
 int64_t train_tokens(const Dataset& data) {

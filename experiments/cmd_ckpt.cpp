@@ -6,6 +6,7 @@
 #include "core/io/checkpoint.h"
 #include "experiments/catalogue.h"
 #include "experiments/fold.h"
+#include "experiments/run_folder.h"
 #include "experiments/text_table.h"
 
 #include <CLI/CLI.hpp>
@@ -26,6 +27,7 @@ struct CkptArguments {
 
 // A run, its folder of checkpoints, or one checkpoint: the first two mean the newest.
 std::string checkpoint_folder(const std::string& given) {
+  require_checkpoint(given);
   const std::string root = std::filesystem::is_directory(given + "/ckpt") ? given + "/ckpt" : given;
   if (!std::filesystem::is_directory(root)) data_error(fmt::format("'{}' is no folder", given));
   const std::vector<int64_t> steps = checkpoint_steps(root);

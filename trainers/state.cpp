@@ -130,8 +130,8 @@ std::vector<NamedTensor> tensors_in(const std::string& from) {
   if (from.ends_with(".safetensors")) return read_safetensors(from).tensors;
   if (fs::is_directory(from + "/ckpt")) return group_of(load_latest(from + "/ckpt"), "model");
   if (fs::exists(from + "/manifest.json")) return group_of(load_checkpoint(from), "model");
-  data_error(
-      fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
+  require_source(from);
+  data_error(fmt::format("'{}' went away while it was read", from));
 }
 
 bool is_routed(const Model& model, const std::string& name) {
@@ -173,6 +173,14 @@ void require_same_data(const Checkpoint& checkpoint, const Dataset& data) {
 
 void restore_model(const Checkpoint& checkpoint, const Model& model) {
   copy_all(model_pairs(checkpoint, model));
+}
+
+void require_source(const std::string& from) {
+  namespace fs = std::filesystem;
+  const bool file = from.ends_with(".safetensors") && fs::exists(from);
+  if (!file && !fs::is_directory(from + "/ckpt") && !fs::exists(from + "/manifest.json"))
+    data_error(
+        fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
 }
 
 void start_from(const std::string& from, const Model& model) {

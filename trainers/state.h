@@ -26,6 +26,9 @@ void restore_model(const Checkpoint& checkpoint, const Model& model);
 // its initial value; what the model lacks is refused, as Error(kData) naming the tensor.
 void start_from(const std::string& from, const Model& model);
 
+// Error(kData) where nothing of the kind lies there; what it holds is not read.
+void require_source(const std::string& from);
+
 // Error(kData) where the checkpoint was trained on other tokens than these data hold: a file or the tokenizer has changed.
 void require_same_data(const Checkpoint& checkpoint, const Dataset& data);
 

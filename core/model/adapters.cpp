@@ -129,7 +129,8 @@ AdapterSettings read_adapters(const Table& expert, LayerSettings layer, const st
   settings.linears = targeted(expert, words, linears);
   settings.layer = std::move(layer);
   refuse_beside_feed_forward(expert, settings);
-  refuse_unfit_plans(expert, settings.one_decision ? "decision" : "name", settings.layer,
+  const RouterFacts facts = make_router(settings.layer.router, settings.layer.router_spec)->facts();
+  refuse_unfit_plans(expert, settings.one_decision ? "decision" : "name", settings.layer, facts,
                      [&] { return sample_adapter(settings); });
   return settings;
 }

@@ -43,6 +43,24 @@ void require_own_table(const Table& here, const std::string& table, const LayerS
                                                 own.table, table, fmt::join(fitting, ", ")));
 }
 
+bool adds_noise(const LayerSettings& layer) {
+  const NoiseSpec::Kind kind = layer.router_spec.noise.kind;
+  if (kind != NoiseSpec::Kind::kPaper) return kind == NoiseSpec::Kind::kNormal;
+  return make_router(layer.router, layer.router_spec)->noise_shape(Mode::kTrain).starts_with("normal");
+}
+
+// Training with a loss that cannot have a gradient. `route` reports the value all the same, and so do the paper's own sets.
+void refuse_losses_without_noise(const Table& tables, const LayerSettings& layer) {
+  for (const Table& loss : tables.array("loss")) {
+    const std::string name = loss.options({option("name", "", "")}, loss.keys()).text("name");
+    if (Registry<LossEntry>::instance().find(name).needs_noise && !adds_noise(layer))
+      loss.fail("name",
+                fmt::format("loss '{}' has a gradient through noise on the logits alone, and router '{}' has none here; set "
+                            "[{}.noise] kind = \"normal\", or take another loss",
+                            name, layer.router, layer.table));
+  }
+}
+
 // Reads the blocks of one model, one by one.
 struct BlockReader {
   const ModelSpec& spec;
@@ -77,6 +95,7 @@ struct BlockReader {
     LayerSettings layer =
         read_layer(tables, model.integer("width"), index, spec.data.vocabulary(), model_dtype(model), key, table);
     layer.expert_spec.output_scale = output_scale();
+    refuse_losses_without_noise(tables, layer);
     return layer;
   }
 
@@ -171,19 +190,30 @@ Table table_of_loss(const Table& root, const std::string& label) {
   return root.child("moe");
 }
 
-// A pooled loss adds what its layers count expert by expert.
+std::vector<const LayerSettings*> routed_places(const BlockSettings& block) {
+  std::vector<const LayerSettings*> places;
+  if (block.routed_attention) places.push_back(&*block.routed_attention);
+  if (block.adapters) places.push_back(&block.adapters->layer);
+  if (block.moe) places.push_back(&*block.moe);
+  return places;
+}
+
+// A pooled loss adds what its layers count expert by expert: the layers of one table, since another's experts are others.
 void refuse_unequal_pools(const std::vector<Table>& tables, const std::vector<BlockSettings>& blocks) {
-  std::map<std::string, std::pair<size_t, int64_t>> first;  // label -> block and experts of the pool's first layer
+  std::map<std::pair<std::string, std::string>, std::pair<size_t, int64_t>> first;  // (table, label) -> block and experts
   for (size_t b = 0; b < blocks.size(); ++b) {
-    if (!blocks[b].moe) continue;
-    const int64_t experts = blocks[b].moe->router_spec.max_experts;
-    for (const LossTerm& term : blocks[b].moe->losses) {
-      if (!term.loss->pooled_over_layers()) continue;
-      const auto [block, others] = first.try_emplace(term.label, b, experts).first->second;
-      if (others == experts) continue;
-      table_of_loss(tables[b], term.label).fail("layers", fmt::format(
-          "loss '{}' pools its layers, which must have equally many experts, but layer {} has {} and layer {} has {}; use "
-          "layers = \"each\"", term.label, block, others, b, experts));
+    for (const LayerSettings* place : routed_places(blocks[b])) {
+      const int64_t experts = place->router_spec.max_experts;
+      for (const LossTerm& term : place->losses) {
+        if (!term.loss->pooled_over_layers()) continue;
+        const auto [block, others] = first.try_emplace({place->table, term.label}, b, experts).first->second;
+        if (others == experts) continue;
+        table_of_loss(tables[b], term.label)
+            .fail("layers", fmt::format("loss '{}' pools its layers, which must have equally many experts, but layer {} has {} "
+                                        "and layer {} has {}; use "
+                                        "layers = \"each\"",
+                                        term.label, block, others, b, experts));
+      }
     }
   }
 }
