@@ -64,7 +64,7 @@ std::vector<ExpertPart> parts_of(const LayerSettings& settings) {
 }
 
 // One expert of each kind and shape: what a plan may be refused for, without the memory of all.
-std::unique_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertSpec spec) {
+std::shared_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertSpec spec) {
   for (ExpertPart& part : uniform) part.experts = 1;
   spec.experts = static_cast<int64_t>(uniform.size());
   return make_mixed_experts(uniform, spec);
@@ -78,20 +78,6 @@ bool surely_sparse(const LayerSettings& settings) {
                                      [&](const OptionSpec& own) { return options.was_set(own.name); });
   return as_usual && router.facts.plan_in(Mode::kTrain) == PlanForm::kSparse &&
          router.facts.plan_in(Mode::kEval) == PlanForm::kSparse;
-}
-
-void refuse_unfit_plans(const Table& table, const LayerSettings& settings) {
-  if (settings.place == ExpertPlace::kLinears) return;  // what they stand on is not known yet
-  if (surely_sparse(settings)) return;
-  const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
-  if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
-  const auto bank = sample_bank(routed_parts(settings), settings.expert_spec);
-  for (const Mode mode : {Mode::kTrain, Mode::kEval})
-    if (const std::string reason = bank->refuses(facts.plan_in(mode)); !reason.empty())
-      table.fail("name", fmt::format("router '{}' {} in {}: {}", settings.router,
-                                     facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts"
-                                                                             : "cannot use these experts",
-                                     to_string(mode), reason));
 }
 
 // The kind that shared experts are of, and its option for the width.
@@ -126,6 +112,25 @@ std::string plugin_name(const Table& table, const char* fallback) {
   return table.options({option("name", fallback, "which plugin")}, table.keys()).text("name");
 }
 
+std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm form) {
+  const bool by_module = place != ExpertPlace::kFeedForward && form == PlanForm::kSparse;
+  return by_module ? "" : bank.refuses(form);
+}
+
+void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings,
+                        const std::function<std::shared_ptr<ExpertBank>()>& sample) {
+  if (surely_sparse(settings)) return;
+  const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
+  if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
+  const std::shared_ptr<ExpertBank> bank = sample();
+  for (const Mode mode : {Mode::kTrain, Mode::kEval})
+    if (const std::string reason = refused_plan(settings.place, *bank, facts.plan_in(mode)); !reason.empty())
+      table.fail(key, fmt::format("router '{}' {} in {}: {}", settings.router,
+                                  facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts"
+                                                                          : "cannot use these experts",
+                                  to_string(mode), reason));
+}
+
 OptionSpecs with_name(const OptionSpecs& own) {
   OptionSpecs all{option("name", "", "which plugin")};
   all.insert(all.end(), own.begin(), own.end());
@@ -145,7 +150,8 @@ void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, co
   } catch (const Error& error) {
     table.fail("name", error.what());
   }
-  refuse_unfit_plans(table, settings);
+  if (settings.place != ExpertPlace::kLinears)  // what those stand on is not known yet
+    refuse_unfit_plans(table, "name", settings, [&] { return sample_bank(routed_parts(settings), settings.expert_spec); });
   read_shared(moe.child("shared"), settings);
 }
 

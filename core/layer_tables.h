@@ -6,6 +6,8 @@
 #include "core/moe_layer.h"
 #include "core/registry.h"
 
+#include <functional>
+#include <memory>
 #include <string>
 
 namespace moelab {
@@ -27,6 +29,15 @@ const Entry& find_plugin(const Table& table, const std::string& name) {
 // Reads [moe.expert] with its [[moe.expert.group]]s and [moe.shared] into `settings`, whose router is read already. `spec` is
 // what every expert shares. Refused with its place: experts that the router's plans cannot use.
 void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const char* default_kind = "ffn");
+
+// Why experts at this place cannot carry out plans of this form, in one line; "" = they can. Sparse plans of experts that stand
+// in for no feed-forward layer are their module's to carry out, stage by stage.
+std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm form);
+
+// Complains at `key` of `table` where the experts cannot carry out the router's plans. `sample` makes one or a few experts to
+// ask, and is called only where the router makes other plans than sparse ones.
+void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings,
+                        const std::function<std::shared_ptr<ExpertBank>()>& sample);
 
 std::vector<ExpertPart> routed_parts(const LayerSettings& settings);  // uniform ones
 std::shared_ptr<ExpertBank> routed_bank(const LayerSettings& settings);

@@ -59,7 +59,7 @@ std::unique_ptr<HeadBank> head_bank_of_moa(const ExpertSpec& spec, const HeadSha
   return head_bank(spec, {shape.in("w_q"), shape.out("w_o")}, {0, 1});
 }
 std::unique_ptr<HeadBank> head_bank_of_moh(const ExpertSpec& spec, const HeadShape& shape) {
-  return head_bank(spec, {shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")}, {0, 3});
+  return head_bank(spec, {shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")}, {0, 1, 2, 3});
 }
 std::unique_ptr<HeadBank> head_bank_of_side(const ExpertSpec& spec, const HeadMap& map) { return head_bank(spec, {map}, {0}); }
 

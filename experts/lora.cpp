@@ -74,6 +74,7 @@ class LoraBank : public AdapterBank {
         dropout_(spec.options.real("dropout")),
         products_(spec.options.text("merge") == "products"),
         width_(spec.width),
+        first_(spec.first),
         form_(spec.base) {
     groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
     add_maps(spec);
@@ -81,6 +82,11 @@ class LoraBank : public AdapterBank {
   }
 
   int stages() const override { return form_ ? 1 : static_cast<int>(maps_.size()); }
+  std::string refuses(PlanForm form) const override {
+    if (stages() > 1 && form != PlanForm::kSparse)
+      return "one decision for several linear maps takes a router with a sparse plan; use decision = \"linear\"";
+    return ExpertBank::refuses(form);
+  }
   int64_t output_width(int stage) const override { return form_ ? width_ : maps_.at(static_cast<size_t>(stage)).b.size(1); }
   double flops_per_row(int64_t) const override {
     int64_t elements = 0;
@@ -144,7 +150,8 @@ class LoraBank : public AdapterBank {
     for (size_t m = 0; m < maps_.size(); ++m) {
       const Tensor a_RI = maps_[m].a.select(0, expert), row_R = at::arange(a_RI.size(0), at::kLong);
       const double bound = 1 / std::sqrt(static_cast<double>(a_RI.size(1)));
-      a_RI.copy_(uniform_rows(key.with(names_[m], expert), at::zeros_like(row_R), row_R, a_RI.size(1), a_RI.scalar_type()));
+      a_RI.copy_(
+          uniform_rows(key.with(names_[m], first_ + expert), at::zeros_like(row_R), row_R, a_RI.size(1), a_RI.scalar_type()));
       a_RI.mul_(2 * bound).sub_(bound);
       maps_[m].b.select(0, expert).zero_();
     }
@@ -250,6 +257,7 @@ class LoraBank : public AdapterBank {
   double scale_, dropout_;
   bool products_;
   int64_t width_;
+  int64_t first_;                          // global id of expert 0
   std::shared_ptr<const DenseMaps> form_;  // of the feed-forward layer that the experts stand on; null: they stand on linear maps
   std::shared_ptr<Module> base_;           // where it is our own
   Tensor linear_base_OD_;

@@ -1,6 +1,7 @@
 #include "core/model/adapters.h"
 
 #include "core/error.h"
+#include "core/layer_tables.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -30,9 +31,26 @@ std::set<std::string> words_in(const std::string& text) {
   return words;
 }
 
-bool decides_sparsely(const LayerSettings& layer) {
-  const RouterFacts facts = make_router(layer.router, layer.router_spec)->facts();
-  return facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse;
+// One expert on the maps of one decision: what plans may be refused for.
+std::shared_ptr<ExpertBank> sample_adapter(const AdapterSettings& settings) {
+  ExpertSpec spec = settings.layer.expert_spec;
+  spec.experts = 1;
+  spec.linears = settings.linears;
+  if (!settings.one_decision && !spec.linears.empty()) spec.linears.resize(1);
+  return make_experts(settings.layer.expert, spec);
+}
+
+// What is dropped is drawn per row of the layer, which only the experts' own way through a sparse plan knows.
+void refuse_unread_dropout(const Table& expert, const AdapterSettings& settings) {
+  const LayerSettings& layer = settings.layer;
+  const Options& options = layer.expert_spec.options;
+  if (!options.declared("dropout") || options.real("dropout") == 0) return;
+  const bool sparse = make_router(layer.router, layer.router_spec)->facts().plan_in(Mode::kTrain) == PlanForm::kSparse;
+  if (sparse && (settings.one_decision || layer.execution == Execution::kAuto)) return;
+  expert.fail("dropout",
+              fmt::format("experts '{}': dropout is drawn per row of the layer, which takes a router with a sparse plan "
+                          "and execution = \"auto\"; set dropout = 0",
+                          layer.expert));
 }
 
 bool is_named(const std::string& map, const std::string& word) {
@@ -71,9 +89,9 @@ AdapterSettings read_adapters(const Table& expert, LayerSettings layer, const st
   AdapterSettings settings{std::move(layer), targets == "ffn" ? std::vector<LinearShape>{} : targeted(expert, targets, linears),
                            false};
   settings.one_decision = settings.layer.expert_spec.options.text("decision") == "layer";
-  if (settings.one_decision && !decides_sparsely(settings.layer))
-    expert.fail("decision", fmt::format("one decision for several maps takes a sparse plan, which router '{}' does not make; use "
-                                        "decision = \"linear\"", settings.layer.router));
+  refuse_unfit_plans(expert, settings.one_decision ? "decision" : "name", settings.layer,
+                     [&] { return sample_adapter(settings); });
+  refuse_unread_dropout(expert, settings);
   return settings;
 }
 
