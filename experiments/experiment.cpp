@@ -126,7 +126,12 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer) {
 
 Experiment start_experiment(const Table& root, const std::string& tokenizer) {
   Experiment e = load_experiment(root, tokenizer);
-  if (!e.train.init_from.empty()) start_from(e.train.init_from, *e.model);
+  if (e.train.init_from.empty()) return e;
+  try {
+    start_from({e.train.init_from, e.train.init_noise, e.train.seed}, *e.model);
+  } catch (const Error& error) {
+    throw Error(error.code(), fmt::format("{}: {}", root.child("init").place_of("from"), error.what()));
+  }
   return e;
 }
 
