@@ -54,6 +54,15 @@ std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm for
 void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings, const RouterFacts& facts,
                         const std::function<std::shared_ptr<ExpertBank>()>& sample);
 
+// Why experts at this place cannot carry out plans of this form, in one line; "" = they can. Sparse plans of experts that stand
+// in for no feed-forward layer are their module's to carry out, stage by stage.
+std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm form);
+
+// Complains at `key` of `table` where the experts cannot carry out the router's plans. `sample` makes one or a few experts to
+// ask, and is called only where the router makes other plans than sparse ones.
+void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings,
+                        const std::function<std::shared_ptr<ExpertBank>()>& sample);
+
 std::vector<ExpertPart> routed_parts(const LayerSettings& settings);  // uniform ones
 std::shared_ptr<ExpertBank> routed_bank(const LayerSettings& settings);
 std::shared_ptr<ExpertBank> shared_bank(const LayerSettings& settings);  // null without shared experts

@@ -198,7 +198,8 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer) {
 
 Experiment start_experiment(const Table& root, const std::string& tokenizer) {
   Experiment e = load_experiment(root, tokenizer);
-  if (!e.train.init_from.empty()) at_init(root, [&] { start_from(e.train.init_from, *e.model); });
+  if (!e.train.init_from.empty())
+    at_init(root, [&] { start_from({e.train.init_from, e.train.init_noise, e.train.seed}, *e.model); });
   return e;
 }
 

@@ -135,8 +135,12 @@ OptionSpecs checkpoint_options() {
 OptionSpecs init_options() {
   return {option("from", "",
                  "start from what an earlier run learned: its folder, a checkpoint, or a safetensors file; names have to "
-                 "match, and routers, experts and adapters that it lacks start anew")
-              .as_path()};
+                 "match, and routers, experts and adapters that it lacks start anew; where it has a dense feed-forward layer in "
+                 "the place of a mixture, each feed-forward expert starts as a copy of that")
+              .as_path(),
+          option("noise", 0.0,
+                 "added to such copies so that they differ: normal, as a multiple of each parameter's standard deviation")
+              .at_least(0)};
 }
 
 TrainSettings read_train_settings(const Table& root) {
@@ -165,7 +169,9 @@ TrainSettings read_train_settings(const Table& root) {
   s.checkpoint_every = checkpoint.integer("every");
   s.keep_last = checkpoint.integer("keep_last");
   s.checkpoint_trained_only = checkpoint.text("holds") == "trained";
-  s.init_from = root.child("init").options(init_options()).text("from");
+  const Options init = root.child("init").options(init_options());
+  s.init_from = init.text("from");
+  s.init_noise = init.real("noise");
   s.optimizer = read_optimizer(root.child("optimizer"));
   s.schedule = {.warmup_steps = schedule.integer("warmup_steps"),
                 .decay = schedule.text("decay"),
