@@ -70,8 +70,6 @@ std::shared_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertS
   return make_mixed_experts(uniform, spec);
 }
 
-}
-
 // The kind that shared experts are of, and its option for the width.
 const OptionSpec& shared_width_option(const LayerSettings& settings) {
   const OptionSpec* width = find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "width");
