@@ -111,7 +111,8 @@ const Registration<LossEntry> balance_registration{{
             option("counts", "first_choice", "which choices of a row count: its first one, or each (then Σ f = k)")
                 .one_of({"first_choice", "any_choice"}),
             option("divide_by_k", false, "any_choice only: divide f by the mean number of choices, so that Σ f = 1"),
-            option("probabilities", "clean", "P from probabilities without noise, or softmax of the noisy logits, of sigmoid routers too")
+            option("probabilities", "clean",
+                   "P from probabilities without noise, or softmax of the noisy logits, of sigmoid routers too")
                 .one_of({"clean", "noisy"}),
             option("layers", "each", "one value per layer, or one value from the counts of all layers together")
                 .one_of({"each", "pooled"}),
