@@ -115,26 +115,18 @@ bool spans_ranks(const CapacityPolicy& policy, const RouteInput& in) {
   return policy.scope == CapacityPolicy::Scope::kGlobal && in.comm != nullptr && in.comm->size() > 1;
 }
 
-CapacityPolicy::Mode mode_of(const std::string& word) {
-  if (word == "factor") return Mode_::kFactor;
-  if (word == "absolute") return Mode_::kAbsolute;
-  return word == "token_fraction" ? Mode_::kTokenFraction : Mode_::kNone;
-}
+// Each in the order of its enumeration; "paper" is the router's own policy.
+const std::vector<std::string> kModeWords{"none", "factor", "absolute", "token_fraction", "paper"};
+const std::vector<std::string> kRoundWords{"ceil", "round", "floor"};
+const std::vector<std::string> kScopeWords{"sequence", "micro", "global"};
+const std::vector<std::string> kPriorityWords{"position", "batch", "score", "random"};
+const std::vector<std::string> kOrderWords{"k_major", "token_major"};
 
-CapacityPolicy::Round round_of(const std::string& word) {
-  if (word == "round") return CapacityPolicy::Round::kRound;
-  return word == "floor" ? CapacityPolicy::Round::kFloor : CapacityPolicy::Round::kCeil;
-}
-
-CapacityPolicy::Scope scope_of(const std::string& word) {
-  if (word == "micro") return CapacityPolicy::Scope::kMicro;
-  return word == "global" ? CapacityPolicy::Scope::kGlobal : CapacityPolicy::Scope::kSequence;
-}
-
-CapacityPolicy::Priority priority_of(const std::string& word) {
-  if (word == "batch") return CapacityPolicy::Priority::kBatch;
-  if (word == "score") return CapacityPolicy::Priority::kScore;
-  return word == "random" ? CapacityPolicy::Priority::kRandom : CapacityPolicy::Priority::kPosition;
+template <class Enum>
+Enum named(const std::vector<std::string>& words, const std::string& word) {
+  const auto found = std::find(words.begin(), words.end(), word);
+  check_invariant(found != words.end(), "'" + word + "' names no choice of [moe.capacity]");
+  return static_cast<Enum>(found - words.begin());
 }
 
 }  // namespace
@@ -157,34 +149,37 @@ bool CapacityPolicy::lets_the_future_in(int64_t k) const {
 }
 
 OptionSpecs capacity_options() {
+  const std::vector<std::string> shares{"factor", "token_fraction"}, any{"factor", "absolute", "token_fraction"};
   return {
       option("mode", "none", "rows an expert takes: all, a factor of n/E, a number, a share of the rows, or the paper's rule")
-          .one_of({"none", "factor", "absolute", "token_fraction", "paper"}),
-      option("factor", 1.0, "capacity factor; with token_fraction the share of the rows").at_least(0),
-      option("value", 0, "places per expert with mode = absolute").at_least(0),
-      option("times_k", false, "the factor multiplies n·k/E instead of n/E"),
-      option("round", "ceil", "how the number is rounded (halves to even)").one_of({"ceil", "round", "floor"}),
-      option("min", 0, "at least this many places").at_least(0),
-      option("multiple_of", 1, "rounded up to a multiple of this").at_least(1),
-      option("scope", "sequence", "rows that share the places").one_of({"sequence", "micro", "global"}),
-      option("priority", "position", "who is served first").one_of({"position", "batch", "score", "random"}),
-      option("order", "k_major", "all first choices before all second ones, or row by row").one_of({"k_major", "token_major"}),
+          .one_of(kModeWords),
+      option("factor", 1.0, "capacity factor; with token_fraction the share of the rows").at_least(0).read_when("mode", shares),
+      option("value", 0, "places per expert with mode = absolute").at_least(0).read_when("mode", {"absolute"}),
+      option("times_k", false, "the factor multiplies n·k/E instead of n/E").read_when("mode", {"factor"}),
+      option("round", "ceil", "how the number is rounded (halves to even)").one_of(kRoundWords).read_when("mode", shares),
+      option("min", 0, "at least this many places").at_least(0).read_when("mode", shares),
+      option("multiple_of", 1, "rounded up to a multiple of this").at_least(1).read_when("mode", shares),
+      option("scope", "sequence", "rows that share the places").one_of(kScopeWords).read_when("mode", any),
+      option("priority", "position", "who is served first").one_of(kPriorityWords).read_when("mode", any),
+      option("order", "k_major", "all first choices before all second ones, or row by row")
+          .one_of(kOrderWords)
+          .read_when("mode", any),
   };
 }
 
 CapacityPolicy capacity_policy(const Options& options, const CapacityPolicy& paper) {
   if (options.text("mode") == "paper") return paper;
   CapacityPolicy policy;
-  policy.mode = mode_of(options.text("mode"));
+  policy.mode = named<Mode_>(kModeWords, options.text("mode"));
   policy.factor = options.real("factor");
   policy.value = options.integer("value");
   policy.times_k = options.flag("times_k");
-  policy.round = round_of(options.text("round"));
+  policy.round = named<CapacityPolicy::Round>(kRoundWords, options.text("round"));
   policy.min = options.integer("min");
   policy.multiple_of = options.integer("multiple_of");
-  policy.scope = scope_of(options.text("scope"));
-  policy.priority = priority_of(options.text("priority"));
-  policy.order = options.text("order") == "k_major" ? CapacityPolicy::Order::kChoiceMajor : CapacityPolicy::Order::kTokenMajor;
+  policy.scope = named<CapacityPolicy::Scope>(kScopeWords, options.text("scope"));
+  policy.priority = named<CapacityPolicy::Priority>(kPriorityWords, options.text("priority"));
+  policy.order = named<CapacityPolicy::Order>(kOrderWords, options.text("order"));
   return policy;
 }
 

@@ -9,6 +9,7 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <cctype>
 #include <filesystem>
 
 namespace moelab {
@@ -21,7 +22,7 @@ std::string config_table_name(const std::string& path) {
 void check_known_key(const Table::Node& table, const std::string& key, const std::vector<std::string>& known) {
   if (std::find(known.begin(), known.end(), key) != known.end()) return;
   const ConfigNode& node = *table.tree->map()->at(key);
-  if (node.superseded) {
+  if (node.older_than.contains("name")) {
     if (!node.ignored)
       spdlog::info("{}: '{}' was an option of another plugin than [{}] now names; it is dropped", node.place.text(), key,
                    table.path);
@@ -91,8 +92,28 @@ ConfigNodePtr find_config_key(const Table::Node& table, const std::string& key) 
   return found == table.tree->map()->end() ? nullptr : found->second;
 }
 
-Table make_config_table(const std::string& path, const ConfigNodePtr& tree, const ConfigPlace& place) {
-  return Table(std::make_shared<Table::Node>(Table::Node{path, tree, place}));
+Table make_config_table(const std::string& path, const ConfigNodePtr& tree, const ConfigPlace& place, bool lenient) {
+  return Table(std::make_shared<Table::Node>(Table::Node{path, tree, place, lenient}));
+}
+
+std::vector<std::string> quoted_words(const std::string& text) {
+  std::vector<std::string> words;
+  for (size_t open = text.find('`'); open != std::string::npos;) {
+    const size_t close = text.find('`', open + 1);
+    if (close == std::string::npos) break;
+    words.push_back(text.substr(open + 1, close - open - 1));
+    open = text.find('`', close + 1);
+  }
+  return words;
+}
+
+std::vector<std::string> bare_words(const std::string& text) {
+  std::vector<std::string> words(1);
+  for (const char c : text) {
+    if (std::isalnum(static_cast<unsigned char>(c)) || c == '_') words.back() += c;
+    else if (!words.back().empty()) words.emplace_back();
+  }
+  return words;
 }
 
 }  // namespace
@@ -115,9 +136,9 @@ std::vector<std::string> Table::keys() const {
 Table Table::child(const std::string& key) const {
   const std::string path = config_path(node_->path, key);
   const ConfigNodePtr found = find_config_key(*node_, key);
-  if (!found) return make_config_table(path, nullptr, node_->place);
+  if (!found) return make_config_table(path, nullptr, node_->place, node_->lenient);
   if (!found->map()) fail(key, fmt::format("'{}' is {}, but must be a table [{}]", key, config_kind(*found), path));
-  return make_config_table(path, found, found->place);
+  return make_config_table(path, found, found->place, node_->lenient);
 }
 
 std::vector<Table> Table::array(const std::string& key) const {
@@ -128,7 +149,7 @@ std::vector<Table> Table::array(const std::string& key) const {
   if (!found->is_array_of_tables())
     fail(key, fmt::format("'{}' is {}, but must be an array of tables [[{}]]", key, config_kind(*found), path));
   for (const ConfigNodePtr& element : *found->list())
-    tables.push_back(make_config_table(config_path(path, std::to_string(tables.size())), element, element->place));
+    tables.push_back(make_config_table(config_path(path, std::to_string(tables.size())), element, element->place, node_->lenient));
   return tables;
 }
 
@@ -141,7 +162,18 @@ Options Table::options(const OptionSpecs& specs, const std::vector<std::string>&
   Options options(specs);
   for (const OptionSpec& spec : specs)
     if (const ConfigNodePtr found = find_config_key(*node_, spec.name)) set_config_option(options, spec, *found);
+  for (const OptionSpec& spec : specs)
+    if (const std::string reason = unread_reason(spec, options); !reason.empty()) refuse_unread(spec, reason);
   return options;
+}
+
+void Table::refuse_unread(const OptionSpec& spec, const std::string& reason) const {
+  const ConfigNodePtr found = find_config_key(*node_, spec.name);
+  const auto later = [&](const OptionSpec::Reader& reader) { return found && found->older_than.contains(reader.option); };
+  const bool told = node_->lenient && found;
+  if (!told && std::none_of(spec.readers.begin(), spec.readers.end(), later)) fail(spec.name, reason);
+  if (!found->ignored) spdlog::info("{}: {}; it is dropped", found->place.text(), reason);
+  found->ignored = true;
 }
 
 std::string Table::place_of(const std::string& key) const {
@@ -154,9 +186,16 @@ void Table::fail(const std::string& key, const std::string& message) const {
   config_fail(found ? found->place : node_->place, message);
 }
 
+std::string place_of_complaint(const Table& table, const std::string& complaint, const std::string& fallback) {
+  for (const auto& words : {quoted_words(complaint), bare_words(complaint)})
+    for (const std::string& word : words)
+      if (table.has(word)) return table.place_of(word);
+  return table.place_of(fallback);
+}
+
 Table Table::overlaid(const Table& over) const {
   if (!over.present()) return *this;
-  return make_config_table(node_->path, config_overlay(node_->tree, over.node_->tree), over.node_->place);
+  return make_config_table(node_->path, config_overlay(node_->tree, over.node_->tree), over.node_->place, node_->lenient);
 }
 
 }  // namespace moelab

@@ -31,13 +31,17 @@ class Table {
   std::vector<Table> array(const std::string& key) const;
 
   // Reads every declared option. Keys that are neither declared nor in `subtables` are errors, with the nearest name. So are
-  // wrong types, values out of range and unknown choices.
+  // wrong types, values out of range, unknown choices, and values that the other options leave unread (OptionSpec::readers).
   Options options(const OptionSpecs& specs, const std::vector<std::string>& subtables = {}) const;
 
   // The place of one key of this table, for complaints that only its reader can make ("k = 9 is more than experts = 8"). The
   // place of an absent key is that of the nearest table around it.
   std::string place_of(const std::string& key) const;
   [[noreturn]] void fail(const std::string& key, const std::string& message) const;  // exit 2: "place_of(key): message"
+
+  // A key that nobody reads, for this reason: refused at its place. Where the option that decides it was given another value
+  // later, by a file that extends or a --set, the key is dropped with a word instead.
+  void refuse_unread(const OptionSpec& spec, const std::string& reason) const;
 
   // This table with `over` laid on top: its values replace ours, tables are merged, arrays of tables replaced whole.
   Table overlaid(const Table& over) const;
@@ -47,6 +51,10 @@ class Table {
  private:
   std::shared_ptr<const Node> node_;
 };
+
+// The place for a complaint of someone who knows no places: that of the first key of the table that it names, in `…` before bare
+// words; else that of `fallback`.
+std::string place_of_complaint(const Table& table, const std::string& complaint, const std::string& fallback);
 
 // Reads the file, follows `extends` (relative to the file that says it; loops refused), lays `overrides` ("train.steps=10",
 // "loss.0.coefficient=0.1"; values as TOML writes them, a bare word is a string) on top. Throws Error(kUsage), or

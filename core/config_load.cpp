@@ -1,6 +1,7 @@
 // Files, what they extend, and what the command line lays on top.
 #include "core/config_node.h"
 #include "core/error.h"
+#include "core/lenient_config.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -109,15 +110,19 @@ class ConfigLoader {
   int files_ = 0;
 };
 
-Table with_overrides(ConfigNodePtr root, const std::vector<std::string>& overrides) {
+Table with_overrides(ConfigNodePtr root, const std::vector<std::string>& overrides, bool lenient = false) {
   for (const std::string& text : overrides) root = config_override(root, text);
-  return Table(std::make_shared<Table::Node>(Table::Node{"", root, root->place}));
+  return Table(std::make_shared<Table::Node>(Table::Node{"", root, root->place, lenient}));
 }
 
 }  // namespace
 
 Table load_config(const std::string& path, const std::vector<std::string>& overrides) {
   return with_overrides(ConfigLoader().load(path), overrides);
+}
+
+Table load_lenient_config(const std::string& path, const std::vector<std::string>& overrides) {
+  return with_overrides(ConfigLoader().load(path), overrides, /*lenient=*/true);
 }
 
 Table parse_config(const std::string& text, const std::string& name, const std::vector<std::string>& overrides) {

@@ -39,13 +39,13 @@ std::string config_kind(const ConfigNode& node) {
 
 std::string config_path(const std::string& table, const std::string& key) { return table.empty() ? key : table + "." + key; }
 
-void config_supersede(ConfigMap& table, const ConfigNode& name) {
-  const auto old = table.find("name");
-  if (old == table.end() || old->second->value == name.value) return;
-  for (auto& [key, node] : table) {
-    if (key == "name" || node->map() || node->list()) continue;
+void config_supersede(ConfigMap& table, const std::string& key, const ConfigNode& value) {
+  const auto old = table.find(key);
+  if (value.map() || value.list() || (old != table.end() && old->second->value == value.value)) return;
+  for (auto& [other, node] : table) {
+    if (other == key || node->map() || node->list()) continue;
     ConfigNode marked = *node;
-    marked.superseded = true;
+    marked.older_than.insert(key);
     node = std::make_shared<ConfigNode>(std::move(marked));
   }
 }
@@ -53,8 +53,8 @@ void config_supersede(ConfigMap& table, const ConfigNode& name) {
 ConfigNodePtr config_overlay(const ConfigNodePtr& base, const ConfigNodePtr& over, bool root) {
   if (!base || !base->map() || !over->map()) return over;
   ConfigMap merged = *base->map();
-  const auto name = over->map()->find("name");
-  if (!root && name != over->map()->end()) config_supersede(merged, *name->second);
+  if (!root)
+    for (const auto& [key, node] : *over->map()) config_supersede(merged, key, *node);
   for (const auto& [key, node] : *over->map()) merged[key] = config_overlay(merged[key], node, /*root=*/false);
   return std::make_shared<ConfigNode>(ConfigNode{over->place, std::move(merged)});
 }

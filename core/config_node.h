@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <variant>
 #include <vector>
@@ -33,8 +34,9 @@ using ConfigMap = std::map<std::string, ConfigNodePtr>;
 struct ConfigNode {
   ConfigPlace place;  // of the key for a value, of the header for a table
   std::variant<bool, int64_t, double, std::string, ConfigList, ConfigMap> value;
-  bool superseded = false;       // written before its table's `name` was changed: it may be the old plugin's option
-  mutable bool ignored = false;  // and it was: no part of the resolved config
+  std::set<std::string> older_than = {};  // keys of its table that were given another value after it was written: it may have
+                                          // been the old plugin's option, or read with the old value alone
+  mutable bool ignored = false;           // and it was: no part of the resolved config
   mutable std::string whole_paths = {};  // what a reader made of relative paths; the resolved config says it instead
 
   const ConfigMap* map() const { return std::get_if<ConfigMap>(&value); }
@@ -47,17 +49,18 @@ struct Table::Node {
   std::string path;
   ConfigNodePtr tree;
   ConfigPlace place;
+  bool lenient = false;  // values that nobody reads are told, not refused
 };
 
 std::string config_kind(const ConfigNode& node);                            // "a table", "an integer"
 std::string config_path(const std::string& table, const std::string& key);  // "moe" "router" -> "moe.router"
 
-// `over` on top of `base`: tables are merged, anything else is replaced whole. Where a table below the root gets another
-// `name`, the base's own values there become superseded: those that the new plugin does not declare are dropped when read.
+// `over` on top of `base`: tables are merged, anything else is replaced whole. Where a key of a table below the root gets
+// another value, the base's own values there become older than it: those that nobody reads now are dropped when read.
 ConfigNodePtr config_overlay(const ConfigNodePtr& base, const ConfigNodePtr& over, bool root = true);
 
-// Marks the values of a table whose `name` is about to become `name`.
-void config_supersede(ConfigMap& table, const ConfigNode& name);
+// Marks the values of a table whose `key` is about to become `value`.
+void config_supersede(ConfigMap& table, const std::string& key, const ConfigNode& value);
 
 // The root table of a TOML text. With `numbered` false the places have no lines.
 ConfigNodePtr parse_toml(const std::string& text, const std::string& name, bool numbered = true);

@@ -65,8 +65,7 @@ class ConfigOverrider {
     if (node && !node->map()) fail(depth, "is " + config_kind(*node) + ", so nothing can be set in it");
     if (!node && is_override_index(keys_[depth])) fail(depth, "is not there, so it has no element " + keys_[depth]);
     ConfigNode changed = node ? *node : ConfigNode{value_->place, ConfigMap{}};
-    if (depth > 0 && depth + 1 == keys_.size() && keys_[depth] == "name")
-      config_supersede(std::get<ConfigMap>(changed.value), *value_);
+    if (depth > 0 && depth + 1 == keys_.size()) config_supersede(std::get<ConfigMap>(changed.value), keys_[depth], *value_);
     ConfigNodePtr& child = std::get<ConfigMap>(changed.value)[keys_[depth]];
     child = lay(child, depth + 1);
     return std::make_shared<ConfigNode>(std::move(changed));

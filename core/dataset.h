@@ -32,8 +32,8 @@ class Dataset {
   virtual int64_t eval_sequences() const = 0;
   virtual Batch eval_batch(int64_t first, int64_t count) const = 0;
 
-  // Bytes of text that these targets stand for, entries of -1 left out: they turn bits per token into bits per byte. One for
-  // each generated token; NaN where nobody knows, and for images and vectors.
+  // Bytes of text that these targets stand for, entries of -1 left out: they turn bits per token into bits per byte. NaN where
+  // they stand for no text, or nobody knows how much.
   virtual double bytes_of(const Tensor& targets_BL) const;
   virtual bool is_text() const { return false; }  // bits per byte say something
 

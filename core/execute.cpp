@@ -84,16 +84,18 @@ Tensor without_rows(const ExpertBank& bank, const ExecuteInput& input) {
   return bank.forward(context, 0);
 }
 
+}  // namespace
+
 GroupedProduct product_of(Execution execution) {
   switch (execution) {
     case Execution::kLoop: return GroupedProduct::kLoop;
     case Execution::kGrouped: return GroupedProduct::kGrouped;
     case Execution::kBmm: return GroupedProduct::kBmm;
+    case Execution::kReference:
+      return GroupedProduct::kReference;
     default: return GroupedProduct::kAuto;
   }
 }
-
-}  // namespace
 
 Tensor map_pairs(const SparsePlan& plan, const ExpertBank& bank, const Tensor& rows_ND, const ExecuteInput& input, int stage) {
   check_sizes(plan, bank);

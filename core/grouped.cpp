@@ -7,8 +7,10 @@
 #include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -16,6 +18,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 namespace moelab {
 namespace {
@@ -151,6 +154,15 @@ Tensor grouped_bias_grad(const Tensor& grad_NO, int64_t experts, const Tensor& o
   return grad_EO;
 }
 
+Tensor reference_outputs(const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& bias_EO, const Tensor& offsets_E1) {
+  std::vector<Tensor> outputs;
+  for_each_expert(offsets_E1, [&](int64_t e, int64_t first, int64_t rows) {
+    const Tensor bias_O = bias_EO.defined() ? bias_EO.select(0, e) : Tensor();
+    outputs.push_back(at::linear(x_ND.narrow(0, first, rows), weight_EOD.select(0, e), bias_O));
+  });
+  return at::cat(outputs);
+}
+
 // The bias comes last: an absent one is no input of the graph.
 struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x_ND, const Tensor& weight_EOD, const Tensor& offsets_E1,
@@ -194,6 +206,7 @@ Tensor grouped_linear(const Tensor& x_ND, const Tensor& weight_EOD, const Tensor
   check_invariant(offsets_E1.const_data_ptr<int64_t>()[weight_EOD.size(0)] == x_ND.size(0),
                   "grouped_linear: the offsets do not end at the last row");
   const Tensor x = autocast_operand(x_ND).contiguous(), weight = autocast_operand(weight_EOD);
+  if (grouped_product() == GroupedProduct::kReference) return reference_outputs(x, weight, bias_EO, offsets_E1);
   if (!bias_EO.defined()) return GroupedLinear::apply(x, weight, offsets_E1, std::nullopt);
   return GroupedLinear::apply(x, weight, offsets_E1, autocast_operand(bias_EO));
 }

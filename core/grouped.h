@@ -8,7 +8,12 @@ namespace moelab {
 // The products that grouped_linear is made of: one matrix product per expert; the library's grouped product; one batched product
 // over rows padded to the longest group. kAuto takes the batched one where all groups are equally long and short, else the loop.
 // Where the library's rules (dtype, strides of 16 bytes) or the padding (more than twice the rows) forbid a kind, it is the loop.
-enum class GroupedProduct { kAuto, kLoop, kGrouped, kBmm };
+// kReference is a linear layer per expert that autograd differentiates by itself: what the others are tested against.
+enum class GroupedProduct { kAuto, kLoop, kGrouped, kBmm, kReference };
+
+// The kind that `execution` asks for (core/execute.h).
+enum class Execution : int;
+GroupedProduct product_of(Execution execution);
 
 // The kind for the calls of this thread, as autocast is; restored when the guard goes.
 class GroupedProductGuard {

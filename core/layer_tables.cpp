@@ -15,8 +15,8 @@ const OptionSpec* find_option(const OptionSpecs& specs, const std::string& name)
 OptionSpecs shared_options() {
   return {
       option("count", 0, "shared experts that every row uses").at_least(0),
-      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0),
-      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)"),
+      option("width", 0, "width of each shared expert; 0 = as the routed ones").at_least(0).read_unless("count", "0"),
+      option("gate", false, "scale the shared output by sigmoid(x·gate_weight)").read_unless("count", "0"),
       option("residual", false, "mix routed and shared output by softmax(x·coefficient_weight) instead of adding them (PR-MoE)"),
   };
 }
@@ -64,34 +64,12 @@ std::vector<ExpertPart> parts_of(const LayerSettings& settings) {
 }
 
 // One expert of each kind and shape: what a plan may be refused for, without the memory of all.
-std::unique_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertSpec spec) {
+std::shared_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertSpec spec) {
   for (ExpertPart& part : uniform) part.experts = 1;
   spec.experts = static_cast<int64_t>(uniform.size());
   return make_mixed_experts(uniform, spec);
 }
 
-// Options may change the form of a router's plans in evaluation, and only an instance knows; it is not made without need.
-bool surely_sparse(const LayerSettings& settings) {
-  const RouterEntry& router = Registry<RouterEntry>::instance().find(settings.router);
-  const Options& options = settings.router_spec.options;
-  const bool as_usual = std::none_of(router.options.begin(), router.options.end(),
-                                     [&](const OptionSpec& own) { return options.was_set(own.name); });
-  return as_usual && router.facts.plan_in(Mode::kTrain) == PlanForm::kSparse &&
-         router.facts.plan_in(Mode::kEval) == PlanForm::kSparse;
-}
-
-void refuse_unfit_plans(const Table& table, const LayerSettings& settings) {
-  if (settings.place == ExpertPlace::kLinears) return;  // what they stand on is not known yet
-  if (surely_sparse(settings)) return;
-  const RouterFacts facts = make_router(settings.router, settings.router_spec)->facts();
-  if (facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse) return;
-  const auto bank = sample_bank(routed_parts(settings), settings.expert_spec);
-  for (const Mode mode : {Mode::kTrain, Mode::kEval})
-    if (const std::string reason = bank->refuses(facts.plan_in(mode)); !reason.empty())
-      table.fail("name", fmt::format("router '{}' {} in {}: {}", settings.router,
-                                     facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts"
-                                                                             : "cannot use these experts",
-                                     to_string(mode), reason));
 }
 
 // The kind that shared experts are of, and its option for the width.
@@ -126,13 +104,40 @@ std::string plugin_name(const Table& table, const char* fallback) {
   return table.options({option("name", fallback, "which plugin")}, table.keys()).text("name");
 }
 
+std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm form) {
+  const bool by_module = place != ExpertPlace::kFeedForward && form == PlanForm::kSparse;
+  return by_module ? "" : bank.refuses(form);
+}
+
+void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings, const RouterFacts& facts,
+                        const std::function<std::shared_ptr<ExpertBank>()>& sample) {
+  const bool sparse = facts.plan_in(Mode::kTrain) == PlanForm::kSparse && facts.plan_in(Mode::kEval) == PlanForm::kSparse;
+  if (sparse && settings.place != ExpertPlace::kFeedForward) return;
+  const std::shared_ptr<ExpertBank> bank = sample();
+  for (const Mode mode : {Mode::kTrain, Mode::kEval})
+    if (const std::string reason = refused_plan(settings.place, *bank, facts.plan_in(mode)); !reason.empty())
+      table.fail(key, fmt::format("router '{}' {} in {}: {}", settings.router,
+                                  facts.plan_in(mode) == PlanForm::kMerge ? "mixes the parameters of experts"
+                                                                          : "cannot use these experts",
+                                  to_string(mode), reason));
+}
+
 OptionSpecs with_name(const OptionSpecs& own) {
   OptionSpecs all{option("name", "", "which plugin")};
   all.insert(all.end(), own.begin(), own.end());
   return all;
 }
 
-void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const char* default_kind) {
+void fail_with_place(const Table& moe, const std::string& table, const std::string& complaint) {
+  Table named = moe.child(table);
+  for (const char* other : {"router", "noise", "capacity", "expert", "shared"})
+    if (complaint.starts_with(fmt::format("[moe.{}] ", other))) named = moe.child(other);
+  const std::string own = complaint.starts_with("[moe.") ? fmt::format("[{}{}", moe.path(), complaint.substr(4)) : complaint;
+  usage_error(fmt::format("{}: {}", place_of_complaint(named, complaint.substr(complaint.find(']') + 1), "name"), own));
+}
+
+void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, const RouterFacts& facts,
+                  const char* default_kind) {
   const Table table = moe.child("expert");
   settings.expert = plugin_name(table, default_kind);
   const auto& entry = find_plugin<ExpertEntry>(table, settings.expert);
@@ -145,7 +150,10 @@ void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, co
   } catch (const Error& error) {
     table.fail("name", error.what());
   }
-  refuse_unfit_plans(table, settings);
+  const auto sample = [&] {
+    return with_place(moe, "expert", [&] { return sample_bank(routed_parts(settings), settings.expert_spec); });
+  };
+  if (settings.place != ExpertPlace::kLinears) refuse_unfit_plans(table, "name", settings, facts, sample);  // else not known yet
   read_shared(moe.child("shared"), settings);
 }
 

@@ -70,6 +70,7 @@ struct LossEntry {
   OptionSpecs options = {};
   std::function<std::unique_ptr<Loss>(const Options&, const RouterEntry& router)> make;  // defaults may be the router's paper's
   std::function<std::string(const RouterFacts&)> refuses = {};  // reason why it cannot be attached, "" = it can
+  bool needs_noise = false;                                     // without noise on the logits it has a value, but no gradient
   std::source_location where = std::source_location::current();
 };
 

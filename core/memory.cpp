@@ -1,5 +1,7 @@
 #include "core/memory.h"
 
+#include <unistd.h>
+
 #include <cstdlib>  // tells which C library this is
 
 #ifdef __GLIBC__
@@ -16,5 +18,7 @@ void keep_freed_memory() {
   mallopt(M_TOP_PAD, 64 << 20);
 #endif
 }
+
+int64_t physical_memory() { return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE); }
 
 }  // namespace moelab

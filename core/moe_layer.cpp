@@ -37,15 +37,42 @@ const char* default_expert(const std::string& table) {
   return table == "adapters" ? "lora" : "ffn";
 }
 
-// A factor without a mode that reads it would be a capacity that somebody believes in and nobody applies.
-void refuse_unread_keys(const Table& table, const Options& own, const Options& merged, const RouterFacts& facts) {
-  const bool paper = merged.text("mode") == "paper";
-  if (!paper && (merged.was_set("mode") || facts.capacity_is_choice)) return;
-  for (const OptionSpec& key : capacity_options())
-    if (key.name != "mode" && own.was_set(key.name))
-      table.fail(key.name, paper
-                               ? fmt::format("'{}' is not read with mode = \"paper\", which is the router's own policy", key.name)
-                               : fmt::format("'{}' is not read without a `mode`; write mode = \"factor\" or another", key.name));
+// What decides who reads a key: experts that choose rows have a capacity whatever the mode, a factor unless it says otherwise.
+Options as_read(Options options, const RouterFacts& facts) {
+  const OptionSpec mode = capacity_options().front();
+  if (facts.capacity_is_choice && options.text(mode.name) == "none") options.set(mode, std::string("factor"));
+  return options;
+}
+
+std::string unread_capacity(const OptionSpec& key, const Options& options, const RouterFacts& facts) {
+  if (key.name == "mode" || !options.was_set(key.name)) return "";
+  if (options.text("mode") == "paper")
+    return fmt::format("'{}' is not read with mode = \"paper\", which is the router's own policy", key.name);
+  if (!options.was_set("mode") && !facts.capacity_is_choice)
+    return fmt::format("'{}' is not read without a `mode`; write mode = \"factor\" or another", key.name);
+  return unread_reason(key, as_read(options, facts));
+}
+
+// A factor without a mode that reads it would be a capacity that somebody believes in and nobody applies. What [moe.capacity]
+// says may be for evaluation alone.
+void refuse_unread_keys(const Table& train_table, const Options& train, const Table& eval_table, const Options& eval,
+                        const RouterFacts& facts) {
+  for (const OptionSpec& key : capacity_options()) {
+    const std::string in_training = unread_capacity(key, train, facts);
+    const std::string in_evaluation = eval_table.present() ? unread_capacity(key, eval, facts) : "";
+    const bool own = eval_table.has(key.name), handed_down = eval_table.present() && !own;
+    if (own && !in_evaluation.empty()) eval_table.refuse_unread(key, in_evaluation);
+    if (!in_training.empty() && !(handed_down && in_evaluation.empty())) train_table.refuse_unread(key, in_training);
+  }
+}
+
+// Whoever wants to drop everything says so: value = 0.
+void refuse_no_places(const Table& table, const Options& options) {
+  const std::string& mode = options.text("mode");
+  if (mode == "absolute" && !options.was_set("value"))
+    table.fail("mode", "mode = \"absolute\" needs `value`, the places of each expert");
+  if ((mode == "factor" || mode == "token_fraction") && options.real("factor") == 0 && options.integer("min") == 0)
+    table.fail("factor", "factor = 0 leaves the experts no place; write a larger one, or give `min`");
 }
 
 // A method with a fixed number of choices has no option `k`; who writes that number all the same is right.
@@ -74,17 +101,20 @@ void refuse_unread_capacity(const Table& capacity, const RouterEntry& entry, con
 
 void read_capacity(const Table& table, const RouterEntry& entry, RouterSpec& spec) {
   const CapacityPolicy& paper = entry.paper_capacity;
-  const Options train = table.options(capacity_options(), {"eval"});
-  refuse_unread_keys(table, train, train, entry.facts);
+  OptionSpecs keys = capacity_options();
+  for (OptionSpec& key : keys) key.readers = {};  // evaluation's table may read what training's says
+  const Options train = table.options(keys, {"eval"});
+  const Table eval = table.child("eval");
+  Options merged = train;
+  const Options own = eval.options(keys);
+  for (const OptionSpec& key : keys)
+    if (own.was_set(key.name)) merged.set(key, own.all().at(key.name));
+  refuse_unread_keys(table, train, eval, merged, entry.facts);
+  refuse_no_places(table, train);
   spec.train_capacity = capacity_policy(train, paper);
   refuse_unread_capacity(table, entry, spec.train_capacity);
-  const Table eval = table.child("eval");
   if (!eval.present()) return;  // evaluation without a table of its own drops nothing
-  Options merged = train;
-  const Options own = eval.options(capacity_options());
-  for (const OptionSpec& key : capacity_options())
-    if (own.was_set(key.name)) merged.set(key, own.all().at(key.name));
-  refuse_unread_keys(eval, own, merged, entry.facts);
+  refuse_no_places(eval, merged);
   spec.eval_capacity = capacity_policy(merged, paper);
   refuse_unread_capacity(eval, entry, spec.eval_capacity);
 }
@@ -137,12 +167,9 @@ LossTerm attach_paper_loss(const PaperLoss& paper, const RouterEntry& router) {
   return {entry.make(options, router), paper.name, paper.coefficient, LossScope::kStep};
 }
 
-std::vector<LossTerm> read_losses(const Table& root, const Options& moe, const RouterEntry& router, const RouterSpec& spec) {
+std::vector<LossTerm> read_losses(const Table& root, const Options& moe, const RouterEntry& router, const RouterFacts& facts) {
   std::vector<LossTerm> terms;
-  const std::vector<Table> tables = root.array("loss");
-  // Options may change what a router does, and only an instance knows.
-  const RouterFacts facts = tables.empty() ? router.facts : make_router(router.name, spec)->facts();
-  for (const Table& table : tables) {
+  for (const Table& table : root.array("loss")) {
     terms.push_back(read_loss(table, router, facts));
     const auto same = [&](const LossTerm& other) { return other.label == terms.back().label; };
     if (std::count_if(terms.begin(), terms.end(), same) > 1)
@@ -180,6 +207,29 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
   return spec;
 }
 
+// Linear maps have no pre-activations to make again.
+void refuse_unread_recompute(const Table& moe, const LayerSettings& settings) {
+  if (settings.recompute && settings.place != ExpertPlace::kFeedForward)
+    moe.fail("recompute",
+             fmt::format("experts '{}' keep no pre-activations that could be made again; [train] recompute = true makes "
+                         "whole blocks again",
+                         settings.expert));
+}
+
+// What is dropped is drawn per row of the layer, which only the experts' own way through a sparse plan knows. One decision for
+// several maps has no other way.
+void refuse_unread_dropout(const Table& expert, const LayerSettings& settings, const RouterFacts& facts) {
+  const Options& options = settings.expert_spec.options;
+  if (settings.place != ExpertPlace::kLinears || !options.declared("dropout") || options.real("dropout") == 0) return;
+  const bool one_for_several = options.text("decision") == "layer" && options.text("targets") != "ffn";
+  const bool own_way = settings.execution == Execution::kAuto || one_for_several;
+  if (own_way && facts.plan_in(Mode::kTrain) == PlanForm::kSparse) return;
+  expert.fail("dropout",
+              fmt::format("experts '{}': dropout is drawn per row of the layer, which takes a router with a sparse plan "
+                          "and execution = \"auto\"; set dropout = 0",
+                          settings.expert));
+}
+
 }  // namespace
 
 const std::vector<std::string>& layer_tables() {
@@ -192,6 +242,7 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   const Table moe = root.child(table);
   const Options options = moe.options(place_options(table), kMoeTables);
   LayerSettings settings;
+  settings.table = table;
   RouterSpec& router = settings.router_spec;
   router.width = width;
   router.experts = options.integer("experts");
@@ -205,21 +256,26 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   settings.router = plugin_name(moe.child("router"), "softmax_topk");
   const auto& entry = find_plugin<RouterEntry>(moe.child("router"), settings.router);
   router = read_router(moe, entry, router);
+  // Options may change what a router does, and only an instance knows.
+  const RouterFacts facts = with_place(moe, "router", [&] { return make_router(entry.name, router)->facts(); });
 
   ExpertSpec expert;
   expert.width = width;
   expert.experts = router.max_experts;
   expert.dtype = dtype;
   expert.init = init.with("experts");
-  read_experts(moe, std::move(expert), settings, default_expert(table));
+  read_experts(moe, std::move(expert), settings, facts, default_expert(table));
   settings.execution = execution_of(options.text("execution"));
   settings.recompute = options.flag("recompute");
-  settings.losses = read_losses(root, options, entry, router);
+  refuse_unread_recompute(moe, settings);
+  refuse_unread_dropout(moe.child("expert"), settings, facts);
+  settings.losses = read_losses(root, options, entry, facts);
   return settings;
 }
 
 MoELayer::MoELayer(std::string path, LayerSettings settings, std::shared_ptr<ExpertBank> bank) : settings_(std::move(settings)) {
   site_.path = std::move(path);
+  site_.table = settings_.table;
   site_.layer = settings_.router_spec.layer;
   site_.router = make_router(settings_.router, settings_.router_spec);
   site_.bank = bank ? std::move(bank) : routed_bank(settings_);
@@ -242,7 +298,7 @@ MoELayer::MoELayer(std::string path, LayerSettings settings, std::shared_ptr<Exp
 
 RouteOutput MoELayer::decide(const RouteInput& in, RouteState& state) const {
   RouteOutput out = site_.router->route(in, state);
-  if (in.step == 0) validate(out.plan, in.rows(), settings_.router_spec.max_experts);
+  if (!in.training() || in.step == site_.checked_step) validate(out.plan, in.rows(), settings_.router_spec.max_experts);
   return out;
 }
 

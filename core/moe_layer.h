@@ -18,14 +18,17 @@ namespace moelab {
 // several may consume one plan.
 struct Site {
   std::string path;       // "layers.3.moe"
+  std::string table;      // "moe": the table of the config that describes it
   int64_t layer = 0;
   int64_t use = 0;        // which use of a shared router
   std::shared_ptr<Router> router;
   std::shared_ptr<ExpertBank> bank;
   std::vector<LossTerm> losses;
+  int64_t checked_step = 0;  // the training step whose plans are validated: the first, and one after an event or a resume
 };
 
 struct LayerSettings {
+  std::string table = "moe";
   std::string router = "softmax_topk";
   RouterSpec router_spec;
   std::string expert = "ffn";         // the kind of [moe.expert]

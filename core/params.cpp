@@ -20,13 +20,14 @@ Overloaded(Cases...) -> Overloaded<Cases...>;
 
 std::string range_text(const OptionSpec& spec) {
   const bool low = std::isfinite(spec.min), high = std::isfinite(spec.max);
+  if (low && spec.max_excluded) return fmt::format("at least {} and less than {}", spec.min, spec.max);
   if (low && high) return fmt::format("between {} and {}", spec.min, spec.max);
   if (!low && !high) return "a number";
   return low ? fmt::format("at least {}", spec.min) : fmt::format("at most {}", spec.max);
 }
 
 void check_range(const OptionSpec& spec, double value) {
-  if (std::isnan(value) || value < spec.min || value > spec.max)
+  if (std::isnan(value) || value < spec.min || value > spec.max || (spec.max_excluded && value == spec.max))
     usage_error(fmt::format("'{}' is {}, but must be {}", spec.name, value, range_text(spec)));
   if (std::isinf(value)) usage_error(fmt::format("'{}' is {}, but must be finite", spec.name, value));
 }
@@ -63,6 +64,23 @@ OptionValue widened(const OptionSpec& spec, OptionValue value) {
   return value;
 }
 
+// As a reader's words have it: strings without quotes.
+std::string bare_word(const OptionValue& value) {
+  const auto* text = std::get_if<std::string>(&value);
+  return text ? *text : to_text(value);
+}
+
+bool reads(const OptionSpec::Reader& reader, const Options& options) {
+  if (!options.declared(reader.option)) return true;  // a table that has no such choice
+  const std::string word = bare_word(options.all().at(reader.option));
+  const bool among = std::count(reader.words.begin(), reader.words.end(), word) > 0;
+  return among != reader.except;
+}
+
+std::string reader_text(const OptionSpec::Reader& reader) {
+  return fmt::format("{} {} = {}", reader.except ? "unless" : "with", reader.option, fmt::join(reader.words, " or "));
+}
+
 }  // namespace
 
 OptionSpec OptionSpec::at_least(double low) const {
@@ -74,6 +92,13 @@ OptionSpec OptionSpec::at_least(double low) const {
 OptionSpec OptionSpec::between(double low, double high) const {
   OptionSpec spec = at_least(low);
   spec.max = high;
+  return spec;
+}
+
+OptionSpec OptionSpec::below(double high) const {
+  OptionSpec spec = *this;
+  spec.max = high;
+  spec.max_excluded = true;
   return spec;
 }
 
@@ -104,6 +129,18 @@ OptionSpec OptionSpec::in_steps() const {
 OptionSpec OptionSpec::as_rows_of(const std::string& tensor) const {
   OptionSpec spec = *this;
   spec.rows_of = tensor;
+  return spec;
+}
+
+OptionSpec OptionSpec::read_when(const std::string& option, std::vector<std::string> words) const {
+  OptionSpec spec = *this;
+  spec.readers.push_back({option, std::move(words)});
+  return spec;
+}
+
+OptionSpec OptionSpec::read_unless(const std::string& option, const std::string& word) const {
+  OptionSpec spec = *this;
+  spec.readers.push_back({option, {word}, /*except=*/true});
   return spec;
 }
 
@@ -178,6 +215,23 @@ double Options::real(const std::string& name) const { return std::get<double>(at
 const std::string& Options::text(const std::string& name) const { return std::get<std::string>(at(name)); }
 const std::vector<int64_t>& Options::integers(const std::string& name) const {
   return std::get<std::vector<int64_t>>(at(name));
+}
+
+std::string readers_text(const OptionSpec& spec) {
+  std::string text;
+  for (const OptionSpec::Reader& reader : spec.readers) text += (text.empty() ? "" : ", ") + reader_text(reader);
+  return text;
+}
+
+std::string unread_reason(const OptionSpec& spec, const Options& options) {
+  if (spec.readers.empty() || !options.was_set(spec.name) || options.all().at(spec.name) == spec.default_value) return "";
+  std::string as_it_is;
+  for (const OptionSpec::Reader& reader : spec.readers) {
+    if (reads(reader, options)) return "";
+    as_it_is += fmt::format("{}{} = {}", as_it_is.empty() ? "" : " and ", reader.option,
+                            to_text(options.all().at(reader.option)));
+  }
+  return fmt::format("'{}' is not read with {}; it is read {}", spec.name, as_it_is, readers_text(spec));
 }
 
 }  // namespace moelab

@@ -19,19 +19,32 @@ struct OptionSpec {
   OptionValue default_value;  // its alternative is the option's type
   std::string doc;
   double min = -std::numeric_limits<double>::infinity();  // numbers only, inclusive
-  double max = std::numeric_limits<double>::infinity();
+  double max = std::numeric_limits<double>::infinity();   // inclusive unless the next field says otherwise
   std::vector<std::string> choices = {};  // strings only; empty means any
   enum class Paths { kNone, kOne, kList } paths = Paths::kNone;  // strings only: files, the list separated by commas
   bool steps = false;  // integers only: counts optimiser steps, so a stage of the method begins or ends there
   std::string rows_of = {};  // integers only: the plugin's tensor that has so many rows; who gives the tensor need not say it
+  bool max_excluded = false;
+
+  // What has to hold of another option of the same table for this one to be read: its value is one of the words, or with
+  // `except` none of them. Without readers it is always read; of several, one is enough.
+  struct Reader {
+    std::string option;
+    std::vector<std::string> words;
+    bool except = false;
+  };
+  std::vector<Reader> readers = {};
 
   OptionSpec at_least(double low) const;
   OptionSpec between(double low, double high) const;
+  OptionSpec below(double high) const;  // itself excluded
   OptionSpec one_of(std::vector<std::string> words) const;
   OptionSpec as_path() const;   // relative to the folder of the file that says it, or else to the working folder
   OptionSpec as_paths() const;  // several of them
   OptionSpec in_steps() const;
   OptionSpec as_rows_of(const std::string& tensor) const;
+  OptionSpec read_when(const std::string& option, std::vector<std::string> words) const;
+  OptionSpec read_unless(const std::string& option, const std::string& word) const;
 };
 
 // option("k", 2, "experts per row").at_least(1)
@@ -74,5 +87,11 @@ class Options {
   std::map<std::string, OptionValue> values_;
   std::map<std::string, bool> set_;
 };
+
+// Why nobody reads an option that is set to another value than its default, with the remedy; "" where somebody does.
+std::string unread_reason(const OptionSpec& spec, const Options& options);
+
+// "with mode = factor or token_fraction; unless cap_per_token = 0": when an option is read; "" = always.
+std::string readers_text(const OptionSpec& spec);
 
 }  // namespace moelab

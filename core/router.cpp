@@ -78,8 +78,10 @@ OptionSpecs noise_options() {
   return {
       option("kind", "paper", "the router's noise in training: the paper's, none, normal on the logits, jitter on the input")
           .one_of({"paper", "none", "normal", "jitter"}),
-      option("std", 1.0, "standard deviation of normal noise on the logits").at_least(0),
-      option("epsilon", 0.01, "jitter multiplies the input by a uniform draw from [1-epsilon, 1+epsilon]").at_least(0),
+      option("std", 1.0, "standard deviation of normal noise on the logits").at_least(0).read_when("kind", {"paper", "normal"}),
+      option("epsilon", 0.01, "jitter multiplies the input by a uniform draw from [1-epsilon, 1+epsilon]")
+          .at_least(0)
+          .read_when("kind", {"paper", "jitter"}),
   };
 }
 

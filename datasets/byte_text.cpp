@@ -164,7 +164,8 @@ OptionSpecs text_options() {
           option("tokenizer", "bytes", "what a token is: a byte, or a piece that SentencePiece learns from the training split")
               .one_of({"bytes", "sentencepiece"}),
           option("vocabulary_size", 1024, "sentencepiece: number of pieces, those of the 256 bytes and of the unknown included")
-              .between(kLeastPieces, kMostPieces),
+              .between(kLeastPieces, kMostPieces)
+              .read_when("tokenizer", {"sentencepiece"}),
           composer_option()};
 }
 

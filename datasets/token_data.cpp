@@ -147,7 +147,7 @@ class TokenDataset : public Dataset {
   }
 
   double bytes_of(const Tensor& targets_BL) const override {
-    if (data_.bytes_V.empty()) return Dataset::bytes_of(targets_BL) * data_.bytes_per_token;
+    if (data_.bytes_V.empty()) return static_cast<double>(targets_BL.ge(0).sum().item<int64_t>()) * data_.bytes_per_token;
     const Tensor flat = targets_BL.contiguous();
     const auto* target = flat.const_data_ptr<int64_t>();
     size_t bytes = 0;

@@ -110,6 +110,13 @@ Json value_json(const OptionValue& value) {
   return std::visit([](const auto& v) { return Json(v); }, value);
 }
 
+// With what its range and its choices do not say.
+std::string option_doc(const OptionSpec& spec) {
+  const std::string below = spec.max_excluded ? fmt::format("; less than {}", spec.max) : "";
+  const std::string readers = spec.readers.empty() ? "" : fmt::format(" (read {})", readers_text(spec));
+  return spec.doc + below + readers;
+}
+
 std::vector<std::string> names_of(const Json& entries) {
   std::vector<std::string> names;
   for (const Json& entry : entries) names.push_back(entry.at("name"));
@@ -170,7 +177,7 @@ Json options_json(const OptionSpecs& specs) {
                        {"min", bound_json(spec.min)},
                        {"max", bound_json(spec.max)},
                        {"choices", spec.choices},
-                       {"doc", spec.doc}});
+                       {"doc", option_doc(spec)}});
   return options;
 }
 

@@ -1,5 +1,6 @@
 #include "experiments/check_report.h"
 
+#include "core/memory.h"
 #include "core/model/block.h"
 
 #include <ATen/ops/sum.h>
@@ -56,7 +57,8 @@ Json memory_json(const Experiment& e) {
           {"gradients", trained},
           {"optimizer", optimizer},
           {"activations_estimate", activations},
-          {"total_estimate", parameters + trained + optimizer + activations}};
+          {"total_estimate", parameters + trained + optimizer + activations},
+          {"machine", physical_memory()}};
 }
 
 int64_t train_tokens(const Dataset& data) {
@@ -151,6 +153,12 @@ Json layer_json(const Experiment& e, const Site& site) {
           {"losses", losses}};
 }
 
+Json warnings_json(const Experiment& e) {
+  Json warnings = Json::array();
+  if (const std::string line = untrained_base(e); !line.empty()) warnings.push_back(line);
+  return warnings;
+}
+
 }  // namespace
 
 Json check_report(const Experiment& e) {
@@ -167,6 +175,7 @@ Json check_report(const Experiment& e) {
           {"learning_rate", learning_rate_json(e.train)},
           {"layers", layers},
           {"sees_future", e.model->training_sees_future()},
+          {"warnings", warnings_json(e)},
           {"refusals", Json::array()}};
 }
 

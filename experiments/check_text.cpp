@@ -13,9 +13,12 @@ std::string mib(const Json& bytes) { return fmt::format("{:.1f} MiB", bytes.get<
 std::string number_text(const Json& value) { return value.is_null() ? "-" : fmt::format("{:.4g}", value.get<double>()); }
 
 std::string memory_text(const Json& memory) {
-  return fmt::format("{} parameters, {} gradients, {} optimiser, about {} activations: about {}", mib(memory.at("parameters")),
-                     mib(memory.at("gradients")), mib(memory.at("optimizer")), mib(memory.at("activations_estimate")),
-                     mib(memory.at("total_estimate")));
+  const std::string text = fmt::format("{} parameters, {} gradients, {} optimiser, about {} activations: about {}",
+                                       mib(memory.at("parameters")), mib(memory.at("gradients")), mib(memory.at("optimizer")),
+                                       mib(memory.at("activations_estimate")), mib(memory.at("total_estimate")));
+  if (memory.at("total_estimate") < memory.at("machine")) return text;
+  return text + fmt::format(", MORE THAN this machine's {}: take a smaller batch, more micro_batches, or recompute = true",
+                            mib(memory.at("machine")));
 }
 
 DataKind kind_of(const Json& data) {
@@ -114,6 +117,7 @@ std::string check_text(const Json& report) {
   if (report.at("layers").empty()) text += "\nno layer routes\n";
   for (const Json& site : report.at("sees_future"))
     text += "\nthe training loss sees the future: " + site.get<std::string>() + "\n";
+  for (const Json& warning : report.at("warnings")) text += "\nwarning: " + warning.get<std::string>() + "\n";
   return text + "\nnothing is refused\n";
 }
 

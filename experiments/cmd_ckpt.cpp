@@ -1,9 +1,12 @@
-// `moelab ckpt inspect`: what a checkpoint holds, and whether it is as it was written.
+// `moelab ckpt inspect`: what a checkpoint holds, and whether it is as it was written. `moelab ckpt fold`: adapters made part of
+// the dense weights that they stand on.
 #include "experiments/cli.h"
 
 #include "core/error.h"
 #include "core/io/checkpoint.h"
 #include "experiments/catalogue.h"
+#include "experiments/fold.h"
+#include "experiments/run_folder.h"
 #include "experiments/text_table.h"
 
 #include <CLI/CLI.hpp>
@@ -24,6 +27,7 @@ struct CkptArguments {
 
 // A run, its folder of checkpoints, or one checkpoint: the first two mean the newest.
 std::string checkpoint_folder(const std::string& given) {
+  require_checkpoint(given);
   const std::string root = std::filesystem::is_directory(given + "/ckpt") ? given + "/ckpt" : given;
   if (!std::filesystem::is_directory(root)) data_error(fmt::format("'{}' is no folder", given));
   const std::vector<int64_t> steps = checkpoint_steps(root);
@@ -71,11 +75,39 @@ void run_inspect(const CkptArguments& arguments) {
   refuse_damage(summary);
 }
 
+struct FoldArguments {
+  std::string run;
+  std::string out;
+  int64_t expert = -1;
+  std::vector<double> weights;
+};
+
+void run_fold(const FoldArguments& arguments) {
+  FoldedExperts experts{.weight_E = arguments.weights};
+  if (arguments.weights.empty()) experts.expert = arguments.expert;
+  fold_run(arguments.run, arguments.out, experts);
+  fmt::print("{} is a dense run: `moelab eval {}`, or [init] from = \"{}\"\n", arguments.out, arguments.out, arguments.out);
+}
+
+void add_fold(CLI::App& ckpt) {
+  const auto arguments = std::make_shared<FoldArguments>();
+  CLI::App* fold = ckpt.add_subcommand("fold", "make the adapters of a run part of its dense weights, as a run of its own");
+  fold->add_option("RUN", arguments->run, "a run with [adapters]; its newest checkpoint is read")->required();
+  fold->add_option("--out", arguments->out, "the folder of the dense run")->required();
+  CLI::Option_group* choice = fold->add_option_group("experts", "what a router would have to say of every row");
+  choice->add_option("--expert", arguments->expert, "this expert alone, with weight 1")->check(CLI::NonNegativeNumber);
+  choice->add_option("--weights", arguments->weights, "a weight for each expert, \"0.5,0.5\"; of linear maps alone")
+      ->delimiter(',');
+  choice->require_option(1);
+  fold->footer("Example: moelab ckpt fold runs/adapted --expert 0 --out runs/dense");
+  fold->callback([arguments] { run_fold(*arguments); });
+}
+
 }  // namespace
 
 void add_ckpt_command(CLI::App& app) {
   const auto arguments = std::make_shared<CkptArguments>();
-  CLI::App* ckpt = app.add_subcommand("ckpt", "look into checkpoints");
+  CLI::App* ckpt = app.add_subcommand("ckpt", "look into checkpoints, fold adapters");
   ckpt->require_subcommand(1);
   ckpt->footer("Example: moelab ckpt inspect runs/quickstart/20260101T000000Z-1a2b3c4d-s0");
   CLI::App* inspect = ckpt->add_subcommand("inspect", "step, files, hashes and tensors; exit 5 when damaged");
@@ -83,6 +115,7 @@ void add_ckpt_command(CLI::App& app) {
   inspect->add_flag("--json", arguments->json, "print one JSON document");
   inspect->footer("Example: moelab ckpt inspect runs/quickstart/20260101T000000Z-1a2b3c4d-s0/ckpt/step-600");
   inspect->callback([arguments] { run_inspect(*arguments); });
+  add_fold(*ckpt);
 }
 
 }  // namespace moelab

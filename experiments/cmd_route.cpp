@@ -2,6 +2,7 @@
 #include "experiments/cli.h"
 
 #include "core/error.h"
+#include "core/lenient_config.h"
 #include "experiments/plugins.h"
 #include "experiments/route_result.h"
 #include "experiments/route_signature.h"
@@ -89,7 +90,7 @@ RouteResults route_tensors(const Table& config, RouteFile& file, const RouteArgu
 }
 
 void route(const RouteArguments& arguments) {
-  const Table root = load_config(arguments.config, arguments.overrides);
+  const Table root = load_lenient_config(arguments.config, arguments.overrides);
   check_top_level(root);
   load_plugins(root);
   if (arguments.signature) {

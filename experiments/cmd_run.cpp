@@ -64,6 +64,11 @@ void record_failure(RunFolder& folder, RecordWriter& records, const Experiment& 
   }
 }
 
+bool is_full_disk(const std::exception& error) {
+  const auto* known = dynamic_cast<const Error*>(&error);
+  return known && known->code() == ExitCode::kData && std::string(error.what()).starts_with("cannot write ");
+}
+
 // Trains from where `checkpoint` left off (null: from the start), and reports.
 void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoint, const RunArguments& arguments) {
   folder.keep_tokenizer(experiment.data->tokenizer());
@@ -80,13 +85,18 @@ void train(Experiment& experiment, RunFolder& folder, const Checkpoint* checkpoi
   }
   for (const std::string& label : experiment.model->training_sees_future())
     fmt::print(stderr, "moelab: {}: its training loss sees the future; compare evaluations only\n", label);
+  if (const std::string line = untrained_base(experiment); !line.empty()) {
+    fmt::print(stderr, "moelab: {}\n", line);
+    if (!checkpoint) records.event(0, "untrained_base", {{"message", line}});
+  }
   folder.set_status("running");
   catch_signals();
   Outcome outcome = Outcome::kDone;
   try {
-    outcome = trainer.run();
+    within_memory(experiment.root, [&] { outcome = trainer.run(); });
   } catch (const std::exception& error) {
     record_failure(folder, records, experiment, trainer, error);
+    if (is_full_disk(error)) data_error(fmt::format("{}; free some space, then `moelab resume {}`", error.what(), folder.path()));
     throw;
   }
   const bool done = outcome == Outcome::kDone;
@@ -128,6 +138,7 @@ void eval(const RunArguments& arguments) {
   const auto folder = RunFolder::open(arguments.path);
   const Table root = load_config(folder->resolved_config());
   prepare_process(read_train_settings(root));
+  require_checkpoint(folder->path());
   Experiment experiment = start_experiment(root, folder->tokenizer());
   const Checkpoint checkpoint = load_latest(folder->checkpoints());
   for (const std::string& warning : checkpoint.warnings) fmt::print(stderr, "moelab: {}\n", warning);
@@ -136,7 +147,8 @@ void eval(const RunArguments& arguments) {
   const std::shared_ptr<Comm> comm = single_comm();
   const TrainSettings& train = experiment.train;
   const EvalSettings settings{0, train.batch, train.seed, checkpoint.step, train.steps, train.eval_prompt};
-  const Evaluation evaluation = evaluate(*experiment.model, *experiment.data, settings, *comm);
+  Evaluation evaluation;
+  within_memory(root, [&] { evaluation = evaluate(*experiment.model, *experiment.data, settings, *comm); });
   nlohmann::json out{{"step", checkpoint.step}};
   for (const auto& [name, value] : evaluation_metrics(evaluation)) out[name] = value;
   if (arguments.json) fmt::print("{}\n", out.dump(2));

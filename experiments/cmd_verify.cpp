@@ -162,7 +162,7 @@ void add_verify_command(CLI::App& app) {
   verb->add_option("--property", arguments->settings.only, "only this property; may be repeated")->take_all();
   verb->add_flag("--defaults", arguments->settings.defaults_only, "options at their defaults alone");
   verb->add_option("--cases", arguments->settings.cases, "random cases of the properties that compare executors")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(int64_t{1}, int64_t{1'000'000}));
   verb->add_option("--seed", arguments->settings.seed, "of the random cases");
   verb->add_flag("--json", arguments->json, "print one JSON document");
   verb->footer(properties_footer());

@@ -6,6 +6,7 @@
 #include "core/model/model.h"
 #include "trainers/settings.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,6 +31,12 @@ Experiment load_experiment(const Table& root, const std::string& tokenizer = "")
 
 // The same, with what [init] names in the model: for commands that run it.
 Experiment start_experiment(const Table& root, const std::string& tokenizer = "");
+
+// Where adapters stand on weights that nothing trained: a line that says so; "" = they do not.
+std::string untrained_base(const Experiment& experiment);
+
+// Does what needs memory in proportion to the batch. Where it runs out: Error(kUsage) at [train] batch, with the remedies.
+void within_memory(const Table& root, const std::function<void()>& work);
 
 // The parameters that the process sets for its own run: threads, memory kept, denormals.
 void prepare_process(const TrainSettings& settings);

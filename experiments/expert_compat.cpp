@@ -1,6 +1,7 @@
 #include "experiments/expert_compat.h"
 
 #include "core/error.h"
+#include "core/layer_tables.h"
 #include "experiments/text_table.h"
 #include "experiments/verify_case.h"
 
@@ -68,10 +69,44 @@ std::vector<ExpertPart> parts_of_row(const CompatExperts& experts) {
     const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(kind);
     Options options(entry.options);
     for (const OptionSpec& spec : entry.options)
-      if (spec.name == "widths" && parts.empty()) options.set(spec, experts.widths);
+      if (const auto own = experts.options.find(spec.name); parts.empty() && own != experts.options.end())
+        options.set(spec, own->second);
     parts.push_back({kind, count, std::move(options)});
   }
   return parts;
+}
+
+std::unique_ptr<ExpertBank> bank_of_row(const CompatExperts& experts) {
+  ExpertSpec spec;
+  spec.width = kCompatWidth;
+  spec.experts = kCompatExperts;
+  for (int64_t map = 0; map < experts.maps; ++map)
+    spec.linears.push_back({fmt::format("map{}", map), kCompatWidth, kCompatWidth});
+  return make_mixed_experts(parts_of_row(experts), spec);
+}
+
+ExpertPlace place_of_row(const CompatExperts& experts) {
+  return Registry<ExpertEntry>::instance().find(experts.groups.front().first).place;
+}
+
+// Each style of attention heads is a module of its own.
+void append_heads(std::vector<CompatExperts>& rows, const ExpertEntry& entry) {
+  const auto is_style = [](const OptionSpec& spec) { return spec.name == "style"; };
+  const auto style = std::find_if(entry.options.begin(), entry.options.end(), is_style);
+  if (style == entry.options.end()) rows.push_back({entry.name, {{entry.name, kCompatExperts}}, {}, "attention"});
+  else
+    for (const std::string& word : style->choices)
+      rows.push_back({fmt::format("{}, {}", entry.name, word), {{entry.name, kCompatExperts}}, {{"style", word}}, "attention"});
+}
+
+void append_adapters(std::vector<CompatExperts>& rows, const ExpertEntry& entry) {
+  const auto row = [&](const char* what, std::map<std::string, OptionValue> options, int64_t maps) {
+    rows.push_back(
+        {fmt::format("{} on {}", entry.name, what), {{entry.name, kCompatExperts}}, std::move(options), "adapters", maps});
+  };
+  row("feed-forward layers", {}, 0);
+  row("linear maps", {{"targets", std::string("dense")}}, 1);
+  row("linear maps of one decision", {{"targets", std::string("dense")}, {"decision", std::string("layer")}}, 2);
 }
 
 std::string router_text(const CompatFact& fact) {
@@ -86,7 +121,9 @@ std::vector<CompatExperts> compat_experts() {
   std::vector<CompatExperts> rows;
   for (const ExpertEntry& entry : Registry<ExpertEntry>::instance().all())
     if (entry.place == ExpertPlace::kFeedForward) rows.push_back({entry.name, {{entry.name, kCompatExperts}}});
-  rows.push_back({"ffn of unequal widths", {{"ffn", kCompatExperts}}, {8, 16, 16, 32}});
+    else if (entry.place == ExpertPlace::kAttention) append_heads(rows, entry);
+    else append_adapters(rows, entry);
+  rows.push_back({"ffn of unequal widths", {{"ffn", kCompatExperts}}, {{"widths", std::vector<int64_t>{8, 16, 16, 32}}}});
   rows.push_back({"ffn + zero + identity + constant", {{"ffn", 1}, {"zero", 1}, {"identity", 1}, {"constant", 1}}});
   return rows;
 }
@@ -99,24 +136,25 @@ std::vector<CompatFact> compat_facts() {
 }
 
 std::string compat_refusal(const CompatExperts& experts, const CompatFact& fact) {
-  ExpertSpec spec;
-  spec.width = kCompatWidth;
-  spec.experts = kCompatExperts;
   try {
-    const auto bank = make_mixed_experts(parts_of_row(experts), spec);
-    const std::string reason = bank->refuses(fact.train);
-    return reason.empty() ? bank->refuses(fact.eval) : reason;
+    const auto bank = bank_of_row(experts);
+    const std::string reason = refused_plan(place_of_row(experts), *bank, fact.train);
+    return reason.empty() ? refused_plan(place_of_row(experts), *bank, fact.eval) : reason;
   } catch (const Error& error) {
     return error.what();  // not with their default options
   }
 }
 
 std::string compat_tables(const CompatExperts& experts, const CompatFact& fact) {
-  std::string text = fmt::format("[moe]\nexperts = {}\n[moe.router]\nname = \"{}\"\n", kCompatExperts, fact.router);
+  const std::string& table = experts.table;
+  std::string text = fmt::format("[{0}]\nexperts = {1}\n[{0}.router]\nname = \"{2}\"\n", table, kCompatExperts, fact.router);
   for (const auto& [name, value] : fact.options) text += fmt::format("{} = {}\n", name, to_text(value));
-  for (const auto& [kind, count] : experts.groups) {
-    text += fmt::format("[[moe.expert.group]]\nname = \"{}\"\ncount = {}\n", kind, count);
-    if (!experts.widths.empty()) text += fmt::format("widths = {}\n", to_text(experts.widths));
+  for (size_t g = 0; g < experts.groups.size(); ++g) {
+    const auto& [kind, count] = experts.groups[g];
+    text += table == "moe" ? fmt::format("[[moe.expert.group]]\nname = \"{}\"\ncount = {}\n", kind, count)
+                           : fmt::format("[{}.expert]\nname = \"{}\"\n", table, kind);
+    if (g > 0) continue;
+    for (const auto& [name, value] : experts.options) text += fmt::format("{} = {}\n", name, to_text(value));
   }
   return text;
 }

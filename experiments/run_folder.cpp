@@ -1,6 +1,7 @@
 #include "experiments/run_folder.h"
 
 #include "core/error.h"
+#include "core/io/checkpoint.h"
 
 #include <ATen/Parallel.h>
 #include <torch/version.h>
@@ -104,6 +105,12 @@ void RunFolder::drop_records_after(int64_t step) {
   truncate_after_step(file("metrics.jsonl"), step);
   drop_final_evaluation(file("metrics.jsonl"));
   truncate_after_step(file("events.jsonl"), step);
+}
+
+void require_checkpoint(const std::string& run) {
+  if (!fs::exists(run + "/config.resolved.toml")) return;
+  if (fs::is_directory(run + "/ckpt") && !checkpoint_steps(run + "/ckpt").empty()) return;
+  data_error(fmt::format("{} has no checkpoint yet: it was stopped before the first; go on with `moelab resume {}`", run, run));
 }
 
 RecordWriter::RecordWriter(const RunFolder& folder)

@@ -40,6 +40,9 @@ class RunFolder {
   std::unique_ptr<RunLock> lock_;
 };
 
+// Error(kData) where a run was stopped before its first checkpoint; what is no run folder passes.
+void require_checkpoint(const std::string& run);
+
 // Writes metrics.jsonl and events.jsonl.
 class RecordWriter : public Observer {
  public:

@@ -234,7 +234,9 @@ nlohmann::json summarise(const Experiment& experiment, const Trainer& trainer, c
     add_record(s, "train." + labels[i], trainer.last_window().records()[i]);
   }
   const RunVerdict unjudged{"not judged", "the run ended before its final evaluation"};
-  const RunVerdict verdict = evaluated ? verdict_of(evaluation) : unjudged;
+  RunVerdict verdict = evaluated ? verdict_of(evaluation) : unjudged;
+  if (const std::string line = untrained_base(experiment); verdict.word == "healthy" && !line.empty())
+    verdict = {"untrained base", line};
   s["verdict"] = verdict.word;
   s["verdict.reason"] = verdict.reason;
   return s;

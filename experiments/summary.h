@@ -13,7 +13,7 @@
 namespace moelab {
 
 struct RunVerdict {
-  std::string word;    // "healthy", "collapsed", "dead experts", or "not applicable"
+  std::string word;    // "healthy", "collapsed", "dead experts", "untrained base", or "not applicable"
   std::string reason;  // which layer, which number, against which bound
 };
 

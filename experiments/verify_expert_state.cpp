@@ -5,8 +5,12 @@
 #include "experiments/verify_expert.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 
 #include <fmt/format.h>
@@ -19,18 +23,6 @@ namespace moelab {
 namespace {
 
 std::string always_for_experts(const ExpertSubject&) { return ""; }
-
-std::string needs_row_function_for_state(const ExpertSubject& subject) {
-  const auto bank = kit_bank(subject, {});
-  return bank->stages() == 1 && bank->has_forward_expert() ? ""
-                                                           : "its rows are no function of themselves alone (no forward_expert)";
-}
-
-std::string needs_own_products(const ExpertSubject& subject) {
-  if (subject.entry.place == ExpertPlace::kLinears)
-    return "its rows also pass a frozen base, which experts share and do not count";
-  return needs_row_function_for_state(subject);
-}
 
 std::string needs_state(const ExpertSubject& subject) {
   return kit_bank(subject, {})->parameters().empty() ? "it has no parameters" : "";
@@ -74,22 +66,55 @@ std::unique_ptr<at::ObserverContext> count_product(const at::RecordFunction& cal
   return nullptr;
 }
 
-// Matrix products that really ran for one row; what is done element by element is not counted.
-double flops_of_one_row(const ExpertBank& bank, int64_t expert, const Tensor& row_1D) {
+// Matrix products that really ran; what is done element by element is not counted.
+template <class Work>
+double flops_of(Work work) {
   const at::NoGradGuard no_grad;
   const auto handle = at::addThreadLocalCallback(
       at::RecordFunctionCallback(&count_product).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
   counted_flops = 0;
-  bank.forward_expert(expert, bank.parameters_of(expert), row_1D);
+  work();
   at::removeCallback(handle);
   return counted_flops;
+}
+
+// Every stage of a row that this expert alone gets.
+double flops_of_stages(const ExpertBank& bank, int64_t expert, const ExpertCase& at) {
+  const Tensor offsets_E1 = at::arange(at.experts + 1, at::kLong).gt(expert).to(at::kLong);
+  return flops_of([&] {
+    for (int stage = 0; stage < bank.stages(); ++stage) {
+      const int64_t width = stage == 0 ? at.width : bank.output_width(stage - 1);
+      bank.forward({.rows_ND = kit_rows(at, "x", {1, width}), .offsets_E1 = offsets_E1}, stage);
+    }
+  });
+}
+
+// What a row costs in a layer, without the base that it passes whichever experts it has.
+double flops_beside_base(const ExpertBank& bank, int64_t expert, const ExpertCase& at) {
+  ExecuteInput input;
+  input.x_TD = kit_rows(at, "x", {1, at.width});
+  const Assignment chosen{.choice_TK = at::full({1, 1}, expert, at::kLong),
+                          .kept_TK = at::ones({1, 1}, at::kBool),
+                          .dropped_TK = at::zeros({1, 1}, at::kBool)};
+  const Plan plan = make_sparse_plan(chosen, at::ones({1, 1}, at.dtype), at.experts);
+  const double base = flops_of([&] { bank.base_output(input.x_TD); });
+  const double beside = flops_of([&] { execute(plan, bank, input); });
+  bool whole = false;
+  const double layer = flops_of([&] { whole = bank.run(plan, input).defined(); });
+  return whole ? layer - base : beside;
+}
+
+double flops_of_one_row(const ExpertBank& bank, int64_t expert, const ExpertCase& at) {
+  if (bank.base()) return flops_beside_base(bank, expert, at);
+  if (bank.stages() > 1 || !bank.has_forward_expert()) return flops_of_stages(bank, expert, at);
+  return flops_of([&] { bank.forward_expert(expert, bank.parameters_of(expert), kit_rows(at, "x", {1, at.width})); });
 }
 
 void check_flops(const ExpertSubject& subject) {
   const ExpertCase at{.rows = 1, .seed = subject.seed};
   const auto bank = kit_bank(subject, at);
   for (int64_t e = 0; e < at.experts; ++e) {
-    const double counted = flops_of_one_row(*bank, e, kit_rows(at, "x", {1, at.width}));
+    const double counted = flops_of_one_row(*bank, e, at);
     must(bank->flops_per_row(e) == counted,
          fmt::format("expert {} says {} FLOPs per row, its matrix products take {}", e, bank->flops_per_row(e), counted), at);
   }
@@ -166,7 +191,8 @@ void check_surgery(const ExpertSubject& subject) {
     }
 }
 
-// An expert starts the same whatever the number of the others, and whatever stands before it in a mixed bank.
+// An expert starts the same whatever the number of the others, and whichever of them stand in another bank: of another kind, or
+// on another rank.
 void check_initial_draw(const ExpertSubject& subject) {
   const ExpertCase at{.seed = subject.seed}, more{.experts = 7, .seed = subject.seed};
   const RandomKey init = random_key(at.seed, "verify").with("experts");
@@ -178,11 +204,11 @@ void check_initial_draw(const ExpertSubject& subject) {
            fmt::format("expert {} starts otherwise among {} experts than among {}", e, more.experts, at.experts), at);
   }
   const ExpertCase two{.experts = 2, .seed = subject.seed};
-  if (!expert_has_size(subject, two) || subject.entry.place != ExpertPlace::kFeedForward) return;  // no mixed bank holds others
+  if (!expert_has_size(subject, two)) return;
   const auto part = initial_bank(subject, two, init, /*first=*/2);
   for (int64_t e = 0; e < two.experts; ++e)
-    must(equal_experts(*part, e, *few, e + 2), fmt::format("expert {} starts otherwise as one of a part of a mixed bank", e + 2),
-         at);
+    must(equal_experts(*part, e, *few, e + 2),
+         fmt::format("expert {} starts otherwise in a bank that is a part, with expert 2 as its first", e + 2), at);
 }
 
 }  // namespace
@@ -191,7 +217,7 @@ std::vector<ExpertProperty> expert_state_properties() {
   return {
       {"counts", "parameters_per_expert() counts what its tensors hold, and all of them the bank's", always_for_experts,
        check_counts},
-      {"flops", "flops_per_row() is what the matrix products of one row take", needs_own_products, check_flops},
+      {"flops", "flops_per_row() is what the matrix products of one row take, a base aside", always_for_experts, check_flops},
       {"save_load", "saved and loaded, every expert is the same bit for bit", needs_state, check_save_load},
       {"permutation", "permuted experts are the others' bit for bit, and back again", always_for_experts, check_permutation},
       {"surgery", "reset gives the start again and touches no other; a clone is a copy", needs_state, check_surgery},

@@ -3,20 +3,22 @@
 //   moa         Zhang et al. 2022 (Mixture of Attention Heads, arXiv 2210.05144): y = Σ_{e chosen} g_e·W_o^e·att(W_q^e·x, K, V),
 //               K = W_k·x and V = W_v·x shared by all heads. One decision routes the query side and the output side.
 //   moh         Jin et al. 2024 (Mixture-of-Head attention, 2410.11842): heads have their own K and V. S shared heads with gates
-//               a_1·S·softmax(W_s·x), routed ones with a_2·K·g_e, K the row's number of them; (a_1, a_2) = 2·softmax(W_a·x). The
-//               router's gates should sum to 1 (renormalise = "before_drop").
+//               a_1·S·softmax(W_s·x), routed ones with a_2·K·g_e/Σg, K the row's number of them; (a_1, a_2) = 2·softmax(W_a·x).
 //   switchhead  Csordás et al. 2023 (SwitchHead, 2312.07987): H heads with dense W_q and W_k. The value and the output projection
 //               of each are mixtures, V = Σ_e s_e·W_v^e·x and y = Σ_h Σ_e d_e·W_o^{h,e}·att_h, with a decision each, both over x.
-//               The paper's router is sigmoid_topk with renormalise = "none".
+//               The paper's router is [attention.router] name = "sigmoid_topk" with renormalise = "none", its default.
 //
 // Causal or not, as the model asks; positions may turn queries and keys (rotary), as the model asks.
 //
 // Initial weights: N(0, 1/fan_in), output projections times `output_scale`; drawn per (parameter, expert). W_a and W_s start at
 // 0, so that all gates of shared heads are 1.
 //
-// Differences from the paper: moh computes every head and weights it (as its code does: nothing is saved by skipping); its load
-// balance loss is a [[loss]]. moa's positions are relative in the paper, rotary here.
+// Differences from the paper: moh has the factors 2, S and K and the gates that sum to 1 from its code, which also computes every
+// head and weights it: so does execution = "auto", while the others map the queries and outputs of chosen heads alone; its load
+// balance loss is a [[loss]]. moa's positions are relative in the paper, rotary here. switchhead's router has to be named: the
+// default is softmax_topk, whose gates compete.
 #include "core/error.h"
+#include "core/grouped.h"
 #include "core/model/heads.h"
 
 #include <ATen/ops/cat.h>
@@ -28,6 +30,8 @@
 
 namespace moelab {
 namespace {
+
+constexpr double kNoGate = 1e-9;  // the sum of a row's gates is at least this: it may have no head
 
 // After the model, or in `route` after the options alone.
 HeadShape head_shape(const AttentionPlace& place) {
@@ -59,7 +63,7 @@ std::unique_ptr<HeadBank> head_bank_of_moa(const ExpertSpec& spec, const HeadSha
   return head_bank(spec, {shape.in("w_q"), shape.out("w_o")}, {0, 1});
 }
 std::unique_ptr<HeadBank> head_bank_of_moh(const ExpertSpec& spec, const HeadShape& shape) {
-  return head_bank(spec, {shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")}, {0, 3});
+  return head_bank(spec, {shape.in("w_q"), shape.in("w_k"), shape.in("w_v"), shape.out("w_o")}, {0, 1, 2, 3});
 }
 std::unique_ptr<HeadBank> head_bank_of_side(const ExpertSpec& spec, const HeadMap& map) { return head_bank(spec, {map}, {0}); }
 
@@ -96,6 +100,7 @@ class MoaAttention : public RoutedAttention {
     const ExpertBank& bank = *heads_->site().bank;
     const ExecuteInput input = walk.input(x_TD);
     const HeadPass pass(shape_, walk.in(), cache);
+    const GroupedProductGuard products(product_of(heads_->settings().execution));
     Tensor rows_NA = map_pairs(plan, bank, dispatch_rows(x_TD, plan), input, 0);
     const Tensor k_T1A = pass.turned(project_heads(x_TD, shared_->weight(0))), v_T1A = project_heads(x_TD, shared_->weight(1));
     if (plan.slot_TK.numel() > 0) {
@@ -132,7 +137,9 @@ class MoaAttention : public RoutedAttention {
 class MohAttention : public RoutedAttention {
  public:
   explicit MohAttention(const AttentionPlace& place)
-      : shape_(head_shape(place)), shared_heads_(head_spec(place).options.integer("shared_heads")) {
+      : shape_(head_shape(place)),
+        shared_heads_(head_spec(place).options.integer("shared_heads")),
+        normalise_(head_spec(place).options.flag("normalise")) {
     const ExpertSpec spec = head_spec(place);
     auto bank = head_bank_of_moh(spec, shape_);
     bank_ = bank.get();
@@ -150,17 +157,21 @@ class MohAttention : public RoutedAttention {
 
   Tensor forward(const Tensor& x_TD, SiteWalk& walk, DecodeCache* cache) const override {
     const RouteOutput routed = walk.decide(*heads_, x_TD);
-    const Tensor gate_TH = gates(x_TD, sparse_plan(routed));
+    const SparsePlan& plan = sparse_plan(routed);
+    const Tensor gate_TH = gates(x_TD, plan);
     const HeadPass pass(shape_, walk.in(), cache);
-    const Tensor q_THA = pass.turned(project_heads(x_TD, all_heads(0))), k_THA = pass.turned(project_heads(x_TD, all_heads(1)));
+    const bool all = heads_->settings().execution == Execution::kAuto;
+    const GroupedProductGuard products(product_of(heads_->settings().execution));
+    const ExecuteInput input = walk.input(x_TD);
+    const Tensor q_THA = pass.turned(all ? project_heads(x_TD, all_heads(0)) : chosen_queries(x_TD, plan, input));
+    const Tensor k_THA = pass.turned(project_heads(x_TD, all_heads(1)));
     Tensor mixed_THA = project_heads(x_TD, all_heads(2));
     if (x_TD.size(0) > 0) mixed_THA = pass.attended(q_THA, k_THA, mixed_THA);
-    const Tensor weighted_THA = mixed_THA.mul(gate_TH.to(mixed_THA.scalar_type()).unsqueeze(2));
-    return at::linear(weighted_THA.flatten(1, 2), all_heads(3).permute({1, 0, 2}).flatten(1, 2));
+    return all ? outputs(mixed_THA, gate_TH, all_heads(3)) : chosen_outputs(mixed_THA, gate_TH, plan, input);
   }
 
   double flops_per_row(int64_t context) const override {
-    const auto all = static_cast<double>(shared_heads_ + bank_->experts()), size = static_cast<double>(shape_.size);
+    const auto all = static_cast<double>(heads()), size = static_cast<double>(shape_.size);
     return all * (8.0 * static_cast<double>(shape_.width) * size + 4 * size * keys_seen(shape_, context));
   }
 
@@ -170,10 +181,42 @@ class MohAttention : public RoutedAttention {
     return shared_ ? at::cat({shared_->weight(map), bank_->weight(map)}) : bank_->weight(map);
   }
 
+  int64_t heads() const { return shared_heads_ + bank_->experts(); }
+
+  // Where the pairs' heads lie in rows of `heads` heads each, laid side by side.
+  static Tensor places_of(const SparsePlan& plan, int64_t heads, int64_t first) {
+    return plan.token_N.mul(heads).add(plan.expert_N).add(first);
+  }
+
+  // In the order of all_heads(): a query of 0 where a head is not chosen.
+  Tensor chosen_queries(const Tensor& x_TD, const SparsePlan& plan, const ExecuteInput& input) const {
+    const Tensor rows_NA = map_pairs(plan, *bank_, dispatch_rows(x_TD, plan), input, 0);
+    const Tensor none_PA = at::zeros({plan.rows * plan.experts, rows_NA.size(1)}, rows_NA.options());
+    const Tensor routed_TEA =
+        none_PA.index_copy(0, places_of(plan, plan.experts, 0), rows_NA).view({plan.rows, plan.experts, rows_NA.size(1)});
+    return shared_ ? at::cat({project_heads(x_TD, shared_->weight(0)), routed_TEA}, 1) : routed_TEA;
+  }
+
+  // Σ_h gate · W_o^h · mixed_h.
+  static Tensor outputs(const Tensor& mixed_THA, const Tensor& gate_TH, const Tensor& w_o_HDA) {
+    const Tensor weighted_THA = mixed_THA.mul(gate_TH.to(mixed_THA.scalar_type()).unsqueeze(2));
+    return at::linear(weighted_THA.flatten(1, 2), w_o_HDA.permute({1, 0, 2}).flatten(1, 2));
+  }
+
+  Tensor chosen_outputs(const Tensor& mixed_THA, const Tensor& gate_TH, SparsePlan plan, const ExecuteInput& input) const {
+    const Tensor place_N = places_of(plan, heads(), shared_heads_);
+    plan.gate_N = gate_TH.flatten().index_select(0, place_N);
+    const Tensor rows_NA = mixed_THA.flatten(0, 1).index_select(0, place_N);
+    const Tensor routed_TD = combine_rows(map_pairs(plan, *bank_, rows_NA, input, 3), plan);
+    if (!shared_) return routed_TD;
+    return routed_TD.add(outputs(mixed_THA.narrow(1, 0, shared_heads_), gate_TH.narrow(1, 0, shared_heads_), shared_->weight(3)));
+  }
+
   // In the order of all_heads(), in float32 or better.
   Tensor gates(const Tensor& x_TD, const SparsePlan& plan) const {
     const Tensor none_TE = at::zeros({plan.rows, plan.experts}, plan.gate_N.options().requires_grad(false));
-    const Tensor chosen_TE = none_TE.index_put({plan.token_N, plan.expert_N}, plan.gate_N);
+    Tensor chosen_TE = none_TE.index_put({plan.token_N, plan.expert_N}, plan.gate_N);
+    if (normalise_) chosen_TE = chosen_TE.div(chosen_TE.sum(1, /*keepdim=*/true).clamp_min(kNoGate));
     const Tensor count_T1 = plan.slot_TK.ge(0).sum(1, /*keepdim=*/true);
     const Tensor routed_TE = chosen_TE.mul(count_T1);
     if (!shared_) return routed_TE;
@@ -189,6 +232,7 @@ class MohAttention : public RoutedAttention {
 
   HeadShape shape_;
   int64_t shared_heads_;
+  bool normalise_;  // the gates of a row's heads, to sum to 1
   std::shared_ptr<MoELayer> heads_;
   const HeadBank* bank_;
   std::shared_ptr<SharedHeads> shared_;  // null where no head is shared
@@ -214,6 +258,7 @@ class SwitchHeadAttention : public RoutedAttention {
 
   Tensor forward(const Tensor& x_TD, SiteWalk& walk, DecodeCache* cache) const override {
     const HeadPass pass(shape_, walk.in(), cache);
+    const GroupedProductGuard products(product_of(values_.front()->settings().execution));
     std::vector<Tensor> values;
     for (const auto& site : values_) values.push_back(mixture(*site, x_TD, x_TD, walk));
     Tensor mixed_THA = at::stack(values, 1);
@@ -285,8 +330,14 @@ const Registration<ExpertEntry> registration_attention_head{{
     .citation = "Zhang et al. 2022 (MoA), arXiv 2210.05144; Jin et al. 2024 (MoH), 2410.11842; Csordás et al. 2023 (SwitchHead), "
                 "2312.07987",
     .equation =
-        "moa: y = Σ_e g_e·W_o^e·att(W_q^e·x, K, V); moh: y = Σ_h w_h·W_o^h·att_h, shared and routed heads; switchhead: V and W_o "
-        "of each head are mixtures of experts",
+        "moa: y = Σ_e g_e·W_o^e·att(W_q^e·x, K, V); moh: y = Σ_h w_h·W_o^h·att_h, w = a_1·S·softmax(W_s·x) of S shared heads, "
+        "a_2·K·g_e/Σg of K routed ones; switchhead: V and W_o of each head are mixtures of experts, two decisions each",
+    .differences =
+        {"moh: the factors 2, S and K and gates that sum to 1 are those of its code, as is that every head is computed "
+         "and weighted; with another execution than auto only chosen heads map their queries and outputs",
+         "moh: its load balance loss is a [[loss]]", "moa: positions are relative in the paper, rotary here",
+         "switchhead: its router is [attention.router] name = \"sigmoid_topk\"; the default softmax_topk makes a head's "
+         "experts compete"},
     .options = {option("style", "moa",
                        "moa: one K and V for all heads; moh: shared heads and routed heads; switchhead: routed value and "
                        "output projections of each head, two routers")
@@ -294,8 +345,11 @@ const Registration<ExpertEntry> registration_attention_head{{
                 option("heads", 0, "switchhead: heads; 0 = the model's, in `route` 1").at_least(0),
                 option("head_size", 0, "A; 0 = D / heads of the model, in `route` D").at_least(0),
                 option("shared_heads", 1, "moh: heads that every row uses").at_least(0),
-                option("mask", "model",
-                       "causal, or full: all rows of a sequence see each other; `route` knows no model and is causal")
+                option("normalise", true, "moh: divide the gates of a row's heads by their sum"),
+                option(
+                    "mask", "model",
+                    "causal, or full: all rows of a sequence see each other, refused in a causal model; `route` knows no model "
+                    "and is causal")
                     .one_of({"model", "causal", "full"}),
                 option("positions", "model", "rotary, or none; `route` has none").one_of({"model", "none", "rotary"})},
     .make = [](ExpertSpec spec) -> std::unique_ptr<ExpertBank> { return make_head_bank(spec); },

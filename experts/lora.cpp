@@ -18,7 +18,8 @@
 // Initial weights: A is U(±1/√in), the kaiming-uniform draw with a = √5; drawn per (map, expert).
 //
 // Differences from the paper: where gates do not sum to 1, MixLoRA's sum scales the base's part too; here the rest of the weight
-// is the base's. The inputs that dropout takes are drawn per row and map, the same for all experts.
+// is the base's, and what is laid on attention beside the experts is routed like them. The inputs that dropout takes are drawn
+// per row and map, the same for all experts.
 #include "core/adapters.h"
 #include "core/error.h"
 #include "core/feed_forward.h"
@@ -74,6 +75,7 @@ class LoraBank : public AdapterBank {
         dropout_(spec.options.real("dropout")),
         products_(spec.options.text("merge") == "products"),
         width_(spec.width),
+        first_(spec.first),
         form_(spec.base) {
     groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
     add_maps(spec);
@@ -81,6 +83,11 @@ class LoraBank : public AdapterBank {
   }
 
   int stages() const override { return form_ ? 1 : static_cast<int>(maps_.size()); }
+  std::string refuses(PlanForm form) const override {
+    if (stages() > 1 && form != PlanForm::kSparse)
+      return "one decision for several linear maps takes a router with a sparse plan; use decision = \"linear\"";
+    return ExpertBank::refuses(form);
+  }
   int64_t output_width(int stage) const override { return form_ ? width_ : maps_.at(static_cast<size_t>(stage)).b.size(1); }
   double flops_per_row(int64_t) const override {
     int64_t elements = 0;
@@ -144,7 +151,8 @@ class LoraBank : public AdapterBank {
     for (size_t m = 0; m < maps_.size(); ++m) {
       const Tensor a_RI = maps_[m].a.select(0, expert), row_R = at::arange(a_RI.size(0), at::kLong);
       const double bound = 1 / std::sqrt(static_cast<double>(a_RI.size(1)));
-      a_RI.copy_(uniform_rows(key.with(names_[m], expert), at::zeros_like(row_R), row_R, a_RI.size(1), a_RI.scalar_type()));
+      a_RI.copy_(
+          uniform_rows(key.with(names_[m], first_ + expert), at::zeros_like(row_R), row_R, a_RI.size(1), a_RI.scalar_type()));
       a_RI.mul_(2 * bound).sub_(bound);
       maps_[m].b.select(0, expert).zero_();
     }
@@ -166,10 +174,10 @@ class LoraBank : public AdapterBank {
   }
 
   void add_feed_forward(const ExpertSpec& spec) {
-    if (const std::string& targets = spec.options.text("targets"); targets != "ffn")
-      usage_error("[moe.expert] targets = \"" + targets +
-                  "\" names maps of a model; a layer on its own has \"ffn\" or \"linear\"");
     if (!form_) {
+      if (const std::string& targets = spec.options.text("targets"); targets != "ffn")
+        usage_error("[moe.expert] targets = \"" + targets +
+                    "\" names maps of a model; a layer on its own has \"ffn\" or \"linear\"");
       const std::shared_ptr<ExpertBank> own = lora_feed_forward_base(spec);
       base_ = own;
       form_ = std::make_shared<DenseMaps>(*own, activation_named(spec.options.text("activation")));
@@ -250,6 +258,7 @@ class LoraBank : public AdapterBank {
   double scale_, dropout_;
   bool products_;
   int64_t width_;
+  int64_t first_;                          // global id of expert 0
   std::shared_ptr<const DenseMaps> form_;  // of the feed-forward layer that the experts stand on; null: they stand on linear maps
   std::shared_ptr<Module> base_;           // where it is our own
   Tensor linear_base_OD_;
@@ -265,11 +274,18 @@ const Registration<ExpertEntry> registration_lora{{
         "al. 2024 (MoLA), 2402.08562",
     .equation = "y = W·x + s·Σ_e g_e·B_e·A_e·x at linear maps, or y = FFN(x) + Σ_e g_e·(FFN_e(x) - FFN(x)); s = alpha/rank or "
                 "alpha/√rank",
+    .differences =
+        {"MixLoRA: where gates do not sum to 1, its sum scales the base's part too; here the rest of the weight is the "
+         "base's",
+         "MixLoRA: plain LoRA on attention beside its experts is routed here like them, with as many experts",
+         "the inputs that dropout takes are drawn per row and map, the same for all experts"},
     .options =
         {option("targets", "ffn",
-                "what of a block carries adapters: ffn (each expert a whole feed-forward layer), or linear maps "
-                "by name (\"attention.q, dense.w_in\"), attention, dense, all; in `route`: ffn or linear"),
-         option("decision", "linear", "of linear maps: each its own router, or one for all maps of the layer")
+                "what of a block carries adapters: ffn (each expert a whole feed-forward layer), linear maps by name "
+                "(\"attention.q, dense.w_in\"), attention, dense, all, or ffn beside maps of attention (\"ffn, attention.q\"); "
+                "not the model's output matrix, and no block with [moe] or [attention]; in `route`: ffn or linear"),
+         option("decision", "linear",
+                "of linear maps: each its own router, or one for all maps of the layer; ffn beside others has its own")
              .one_of({"linear", "layer"}),
          option("rank", 8, "r, rows of A").at_least(1), option("alpha", 16.0, "numerator of the scale").at_least(0),
          option("scaling", "plain", "alpha/rank, or alpha/√rank").one_of({"plain", "rank_stabilised"}),

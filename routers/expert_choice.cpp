@@ -215,8 +215,10 @@ const Registration<RouterEntry> registration_expert_choice{{
                        "is `coverage`)")
                     .one_of({"experts", "tokens"}),
                 option("cap_per_token", 0, "experts per row, at most; 0 = any number").at_least(0),
-                option("cap_lambda", 1e-3, "weight of the entropy where cap_per_token is set").between(1e-6, 10),
-                option("cap_iterations", 100, "rounds of projections, at most").at_least(1),
+                option("cap_lambda", 1e-3, "weight of the entropy where cap_per_token is set")
+                    .between(1e-6, 10)
+                    .read_unless("cap_per_token", "0"),
+                option("cap_iterations", 100, "rounds of projections, at most").at_least(1).read_unless("cap_per_token", "0"),
                 option("group", "scope", "rows that compete: as [moe.capacity] scope says, or one of these")
                     .one_of({"scope", "sequence", "micro", "time_step"}),
                 option("eval", "choice", "evaluation chooses as training does, or by each expert's running threshold")

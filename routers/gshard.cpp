@@ -128,7 +128,10 @@ const Registration<RouterEntry> registration_gshard{{
     .facts = {.noisy_in_training = true, .fixed_k = 2},
     .options = {option("second_expert", "random_2g", "in training: which second experts are kept").one_of(kSecondExpertNames),
                 option("second_expert_eval", "all", "the same in evaluation").one_of(kSecondExpertNames),
-                option("threshold", 0.5, "random_2g keeps where u < g2/threshold, threshold where g2 > threshold").between(0, 1),
+                option("threshold", 0.5, "random_2g keeps where u < g2/threshold, threshold where g2 > threshold")
+                    .between(0, 1)
+                    .read_when("second_expert", {"random_2g", "threshold"})
+                    .read_when("second_expert_eval", {"random_2g", "threshold"}),
                 renormalise_option("before_drop")},
     .paper_losses = {{"balance", 0.01, {{"counts", std::string("first_choice")}}}},
     .paper_capacity = {.mode = CapacityPolicy::Mode::kFactor, .factor = 1, .times_k = true},

@@ -152,18 +152,25 @@ const Registration<RouterEntry> registration_thor{{
     .title = "THOR: experts drawn at random, passes that have to agree",
     .citation = "Zuo et al., 2021, arXiv:2110.04260",
     .equation = "e ~ U{0, …, E-1} per layer and pass;  y = FFN_e(x);  objective paired_consistency over two passes",
-    .facts = {.learned = false, .noisy_in_training = true, .random_in_eval = true, .differentiable_gate = false,
-              .permutation_equivariant = false, .passes = 2, .fixed_k = 1, .has_scores = false},
-    .options = {option("granularity", "batch", "in training: rows that share a draw")
-                    .one_of({"batch", "sequence", "position", "token"}),
-                option("pair", "independent", "passes of a step draw with replacement, or different experts")
-                    .one_of({"independent", "distinct"}),
-                option("inference", "random",
-                       "in evaluation: a draw, the mean output of all experts, one expert, averaged parameters")
-                    .one_of({"random", "ensemble", "fixed", "averaged"}),
-                option("inference_granularity", "token", "inference = random: rows that share a draw")
-                    .one_of({"token", "position", "sequence"}),
-                option("fixed_expert", 0, "inference = fixed: which expert").at_least(0), renormalise_option("none")},
+    .facts = {.learned = false,
+              .noisy_in_training = true,
+              .random_in_eval = true,
+              .differentiable_gate = false,
+              .permutation_equivariant = false,
+              .passes = 2,
+              .fixed_k = 1,
+              .has_scores = false},
+    .options =
+        {option("granularity", "batch", "in training: rows that share a draw").one_of({"batch", "sequence", "position", "token"}),
+         option("pair", "independent", "passes of a step draw with replacement, or different experts")
+             .one_of({"independent", "distinct"}),
+         option("inference", "random", "in evaluation: a draw, the mean output of all experts, one expert, averaged parameters")
+             .one_of({"random", "ensemble", "fixed", "averaged"}),
+         option("inference_granularity", "token", "inference = random: rows that share a draw")
+             .one_of({"token", "position", "sequence"})
+             .read_when("inference", {"random"}),
+         option("fixed_expert", 0, "inference = fixed: which expert").at_least(0).read_when("inference", {"fixed"}),
+         renormalise_option("none")},
     .noise_shape = "int64 expert [1], [sequences], [positions] or [T], by granularity",
     .differences = {"the paper describes a pair of experts per layer; by default both passes draw from all experts and may "
                     "agree, as in the authors' code",

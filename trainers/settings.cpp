@@ -28,8 +28,15 @@ OptionSpecs data_options(const OptionSpecs& own) {
 
 OptimizerSettings read_optimizer(const Table& table) {
   const Options o = table.options(optimizer_options());
-  return {o.text("name"), o.real("lr"), o.real("beta1"), o.real("beta2"), o.real("epsilon"), o.real("momentum"),
-          o.real("weight_decay"), o.real("router_lr_scale"), o.text("unused_experts") == "skip"};
+  return {.name = o.text("name"),
+          .lr = o.real("lr"),
+          .beta1 = o.real("beta1"),
+          .beta2 = o.real("beta2"),
+          .epsilon = o.real("epsilon"),
+          .momentum = o.real("momentum"),
+          .weight_decay = o.real("weight_decay"),
+          .router_lr_scale = o.real("router_lr_scale"),
+          .skip_unused_experts = o.text("unused_experts") == "skip"};
 }
 
 OptionSpecs objective_options(const std::string& name, const OptionSpecs& own) {
@@ -51,18 +58,6 @@ double decay_progress(const ScheduleSettings& schedule, int64_t step, int64_t to
 double share_left(const ScheduleSettings& schedule, double progress) {
   if (schedule.decay == "cosine") return 0.5 * (1 + std::cos(std::numbers::pi * progress));
   return 1 - (schedule.decay == "wsd" && schedule.decay_shape == "sqrt" ? std::sqrt(progress) : progress);
-}
-
-// The first option that a complaint about the data names in `…` and the file sets, else what says which data they are.
-std::string place_of_complaint(const Table& table, const std::string& complaint) {
-  for (size_t open = complaint.find('`'); open != std::string::npos;) {
-    const size_t close = complaint.find('`', open + 1);
-    if (close == std::string::npos) break;
-    const std::string word = complaint.substr(open + 1, close - open - 1);
-    if (table.has(word)) return table.place_of(word);
-    open = complaint.find('`', close + 1);
-  }
-  return table.place_of(table.has("path") ? "path" : "name");
 }
 
 }  // namespace
@@ -90,11 +85,11 @@ OptionSpecs optimizer_options() {
   return {
       option("name", "adamw", "update rule").one_of({"adamw", "sgd"}),
       option("lr", 1e-3, "peak learning rate").at_least(0),
-      option("beta1", 0.9, "adamw: decay of the first moment").between(0, 1),
-      option("beta2", 0.95, "adamw: decay of the second moment").between(0, 1),
-      option("epsilon", 1e-8, "adamw: added to the root of the second moment").at_least(0),
-      option("momentum", 0.9, "sgd: momentum").between(0, 1),
-      option("weight_decay", 0.1, "of matrices; vectors and embeddings are not decayed").at_least(0),
+      option("beta1", 0.9, "adamw: decay of the first moment").at_least(0).below(1).read_when("name", {"adamw"}),
+      option("beta2", 0.95, "adamw: decay of the second moment").at_least(0).below(1).read_when("name", {"adamw"}),
+      option("epsilon", 1e-8, "adamw: added to the root of the second moment").at_least(0).read_when("name", {"adamw"}),
+      option("momentum", 0.9, "sgd: momentum").at_least(0).below(1).read_when("name", {"sgd"}),
+      option("weight_decay", 0.1, "of matrices; vectors, embeddings and routers are not decayed").at_least(0),
       option("router_lr_scale", 1.0, "the routers' learning rate as a multiple of lr").at_least(0),
       option("unused_experts", "zero_grad",
              "an expert without tokens gets a zero gradient (moments and decay go on), or is skipped")
@@ -107,10 +102,13 @@ OptionSpecs schedule_options() {
       option("warmup_steps", 0, "steps of linear warm-up").at_least(0),
       option("decay", "cosine", "what follows the warm-up; wsd: constant, then down at the end")
           .one_of({"cosine", "linear", "wsd", "constant"}),
-      option("final_fraction", 0.1, "where the decay ends, as a fraction of lr").between(0, 1),
-      option("decay_fraction", 0.1, "wsd: the last part of all steps, over which lr falls").between(0, 1),
+      option("final_fraction", 0.1, "where the decay ends, as a fraction of lr").between(0, 1).read_unless("decay", "constant"),
+      option("decay_fraction", 0.1, "wsd: the last part of all steps, over which lr falls")
+          .between(0, 1)
+          .read_when("decay", {"wsd"}),
       option("decay_shape", "linear", "wsd: lr falls with the share p of the decay that is over, or with its root")
-          .one_of({"linear", "sqrt"}),
+          .one_of({"linear", "sqrt"})
+          .read_when("decay", {"wsd"}),
   };
 }
 
@@ -137,8 +135,12 @@ OptionSpecs checkpoint_options() {
 OptionSpecs init_options() {
   return {option("from", "",
                  "start from what an earlier run learned: its folder, a checkpoint, or a safetensors file; names have to "
-                 "match, and routers, experts and adapters that it lacks start anew")
-              .as_path()};
+                 "match, and routers, experts and adapters that it lacks start anew; where it has a dense feed-forward layer in "
+                 "the place of a mixture, each feed-forward expert starts as a copy of that")
+              .as_path(),
+          option("noise", 0.0,
+                 "added to such copies so that they differ: normal, as a multiple of each parameter's standard deviation")
+              .at_least(0)};
 }
 
 TrainSettings read_train_settings(const Table& root) {
@@ -167,10 +169,15 @@ TrainSettings read_train_settings(const Table& root) {
   s.checkpoint_every = checkpoint.integer("every");
   s.keep_last = checkpoint.integer("keep_last");
   s.checkpoint_trained_only = checkpoint.text("holds") == "trained";
-  s.init_from = root.child("init").options(init_options()).text("from");
+  const Options init = root.child("init").options(init_options());
+  s.init_from = init.text("from");
+  s.init_noise = init.real("noise");
   s.optimizer = read_optimizer(root.child("optimizer"));
-  s.schedule = {schedule.integer("warmup_steps"), schedule.text("decay"), schedule.real("final_fraction"),
-                schedule.real("decay_fraction"), schedule.text("decay_shape")};
+  s.schedule = {.warmup_steps = schedule.integer("warmup_steps"),
+                .decay = schedule.text("decay"),
+                .final_fraction = schedule.real("final_fraction"),
+                .decay_fraction = schedule.real("decay_fraction"),
+                .decay_shape = schedule.text("decay_shape")};
   if (s.batch % s.micro_batches != 0)
     table.fail("micro_batches", fmt::format("batch = {} cannot be split into {} equal micro-batches", s.batch, s.micro_batches));
   return s;
@@ -193,7 +200,8 @@ std::shared_ptr<const Dataset> read_dataset(const Table& root, int64_t context, 
   try {
     return make_dataset(entry.name, {context, options, tokenizer});
   } catch (const Error& error) {
-    throw Error(error.code(), fmt::format("{}: {}", place_of_complaint(table, error.what()), error.what()));
+    const std::string place = place_of_complaint(table, error.what(), table.has("path") ? "path" : "name");
+    throw Error(error.code(), fmt::format("{}: {}", place, error.what()));
   }
 }
 

@@ -41,6 +41,7 @@ struct TrainSettings {
   int64_t keep_last = 2;
   bool checkpoint_trained_only = false;
   std::string init_from;        // what an earlier run learned; "" = nothing
+  double init_noise = 0;        // on experts that start as copies of its dense layers
   int64_t threads = 0;          // 0 = the library's choice
   std::string objective = "task";
   Options objective_options;    // declared by the objective's entry

@@ -2,6 +2,8 @@
 
 #include "core/error.h"
 #include "core/io/files.h"
+#include "trainers/surgery.h"
+#include "trainers/upcycling.h"
 
 #include <ATen/core/grad_mode.h>
 
@@ -130,8 +132,8 @@ std::vector<NamedTensor> tensors_in(const std::string& from) {
   if (from.ends_with(".safetensors")) return read_safetensors(from).tensors;
   if (fs::is_directory(from + "/ckpt")) return group_of(load_latest(from + "/ckpt"), "model");
   if (fs::exists(from + "/manifest.json")) return group_of(load_checkpoint(from), "model");
-  data_error(
-      fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
+  require_source(from);
+  data_error(fmt::format("'{}' went away while it was read", from));
 }
 
 bool is_routed(const Model& model, const std::string& name) {
@@ -175,13 +177,28 @@ void restore_model(const Checkpoint& checkpoint, const Model& model) {
   copy_all(model_pairs(checkpoint, model));
 }
 
-void start_from(const std::string& from, const Model& model) {
-  const std::vector<NamedTensor> stored = tensors_in(from);
+void require_source(const std::string& from) {
+  namespace fs = std::filesystem;
+  const bool file = from.ends_with(".safetensors") && fs::exists(from);
+  if (!file && !fs::is_directory(from + "/ckpt") && !fs::exists(from + "/manifest.json"))
+    data_error(
+        fmt::format("[init] from: '{}' is no run folder, checkpoint or safetensors file; train what it should hold first", from));
+}
+
+void start_from(const Start& start, const Model& model) {
+  std::vector<NamedTensor> stored = tensors_in(start.from);
+  const std::vector<DenseSource> dense = take_dense_layers(stored, model, start.from);
   std::set<std::string> names;
   for (const NamedTensor& entry : stored) names.insert(entry.name);
   std::vector<NamedTensor> views = model_views(model);
   std::erase_if(views, [&](const NamedTensor& view) { return !names.contains(view.name) && is_routed(model, view.name); });
-  copy_all(matched(views, stored, from));
+  const auto pairs = matched(views, stored, start.from);
+  for (const DenseSource& source : dense) require_fit(source);
+  if (dense.empty() && start.noise > 0)
+    usage_error(fmt::format("[init] noise = {} is for experts that start as copies of a dense layer, and {} has none where this "
+                            "model has a mixture; set noise = 0", start.noise, start.from));
+  copy_all(pairs);
+  for (const DenseSource& source : dense) upcycle(*source.site, *source.bank, start.noise, random_key(start.seed, "upcycle"));
 }
 
 }  // namespace moelab

@@ -21,10 +21,20 @@ CheckpointContent checkpoint_content(const Model& model, const Optimizer& optimi
 void restore(const Checkpoint& checkpoint, const Model& model, const Optimizer& optimizer);
 void restore_model(const Checkpoint& checkpoint, const Model& model);
 
-// Starts the model from what an earlier run learned: `from` is its folder, one of its checkpoints, or a safetensors file. Tensors
-// are matched by name. What the source lacks must belong to a routed place of the model (routers, experts, adapters) and keeps
-// its initial value; what the model lacks is refused, as Error(kData) naming the tensor.
-void start_from(const std::string& from, const Model& model);
+struct Start {
+  std::string from;  // the folder of an earlier run, one of its checkpoints, or a safetensors file
+  double noise = 0;  // on experts that start as copies of a dense layer (upcycling.h)
+  int64_t seed = 0;  // keys that noise
+};
+
+// Starts the model from what an earlier run learned. Tensors are matched by name. What the source lacks must belong to a routed
+// place of the model (routers, experts, adapters) and keeps its initial value; what the model lacks is refused, as Error(kData)
+// naming the tensor. A dense feed-forward layer in the block of a mixture becomes each of its feed-forward experts; experts of
+// another shape or activation are Error(kUsage) that names both.
+void start_from(const Start& start, const Model& model);
+
+// Error(kData) where nothing of the kind lies there; what it holds is not read.
+void require_source(const std::string& from);
 
 // Error(kData) where the checkpoint was trained on other tokens than these data hold: a file or the tokenizer has changed.
 void require_same_data(const Checkpoint& checkpoint, const Dataset& data);

@@ -57,14 +57,6 @@ void require_weights(const Site& site, int64_t target, const std::vector<double>
   }
 }
 
-// Whether the dense expert's parameters fit this one's. Kinds are compared too: shapes do not tell a ReLU from a GELU.
-bool fits(const ExpertBank& bank, int64_t expert, const ExpertBank& dense) {
-  const std::vector<Tensor> own = bank.parameters_of(expert), other = dense.parameters_of(0);
-  return bank.kind_of(expert) == dense.kind_of(0) && !own.empty() &&
-         std::equal(own.begin(), own.end(), other.begin(), other.end(),
-                    [](const Tensor& a, const Tensor& b) { return a.sizes() == b.sizes(); });
-}
-
 void copy_with_noise(Tensor to, const Tensor& from, double noise, RandomKey key) {
   to.copy_(from);
   if (noise == 0 || from.numel() < 2) return;
@@ -130,7 +122,14 @@ void permute_experts(Site& site, Optimizer& optimizer, const std::vector<int64_t
   permute_parts(beside, old_of_new);
 }
 
-int64_t upcycle(Site& site, Optimizer& optimizer, const ExpertBank& dense, double noise, RandomKey key) {
+bool fits(const ExpertBank& bank, int64_t expert, const ExpertBank& dense) {
+  const std::vector<Tensor> own = bank.parameters_of(expert), other = dense.parameters_of(0);
+  return bank.kind_of(expert) == dense.kind_of(0) && !own.empty() &&
+         std::equal(own.begin(), own.end(), other.begin(), other.end(),
+                    [](const Tensor& a, const Tensor& b) { return a.sizes() == b.sizes(); });
+}
+
+int64_t upcycle(const Site& site, const ExpertBank& dense, double noise, RandomKey key) {
   const at::NoGradGuard no_grad;
   const std::vector<Tensor> source = dense.parameters_of(0);
   int64_t taken = 0;
@@ -139,13 +138,19 @@ int64_t upcycle(Site& site, Optimizer& optimizer, const ExpertBank& dense, doubl
     const Slices own = site.bank->slices(e);
     for (size_t i = 0; i < own.size(); ++i)
       copy_with_noise(own[i].view(), source[i], noise, key.with(site.path, e).with("parameter", static_cast<int64_t>(i)));
-    reset_moments(slices_of(site, e, /*with_router=*/true), optimizer);
     ++taken;
   }
   if (taken == 0)
     usage_error(
         fmt::format("upcycle: no expert of '{}' ({}) is of the dense layer's kind and shape; give them its width and activation",
                     site.path, site.bank->name()));
+  return taken;
+}
+
+int64_t upcycle(Site& site, Optimizer& optimizer, const ExpertBank& dense, double noise, RandomKey key) {
+  const int64_t taken = upcycle(site, dense, noise, key);
+  for (int64_t e = 0; e < site.bank->experts(); ++e)
+    if (fits(*site.bank, e, dense)) reset_moments(slices_of(site, e, /*with_router=*/true), optimizer);
   return taken;
 }
 

@@ -31,9 +31,13 @@ void merge_experts(Site& site, Optimizer& optimizer, int64_t target, const std::
 // layer's function stays the same. Permuting and permuting back is the identity, bitwise.
 void permute_experts(Site& site, Optimizer& optimizer, const std::vector<int64_t>& old_of_new);
 
+// Whether the one expert of `dense` could stand in for this one. Kinds are compared too: shapes do not tell a ReLU from a GELU.
+bool fits(const ExpertBank& bank, int64_t expert, const ExpertBank& dense);
+
 // Sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055): every expert like the dense one becomes a copy of it, plus noise
 // of `noise` times each parameter's own standard deviation where that is not 0; moments of zero. Returns how many took it;
 // experts of other kinds stay as they are. Refused where none is like it.
 int64_t upcycle(Site& site, Optimizer& optimizer, const ExpertBank& dense, double noise, RandomKey key);
+int64_t upcycle(const Site& site, const ExpertBank& dense, double noise, RandomKey key);  // before there are any moments
 
 }  // namespace moelab

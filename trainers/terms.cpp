@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace moelab {
 
@@ -27,15 +28,13 @@ void all_reduce(LossStatistics& total, Comm& comm) {
 }
 
 void pool_layers(TermTotals& totals, const std::vector<Site*>& sites) {
-  std::map<std::string, LossStatistics> pooled;
-  for (const auto& [key, total] : totals) {
-    const LossTerm& term = term_at(sites, key);
-    if (term.loss->pooled_over_layers()) add_statistics(pooled[term.label], total, 1);
-  }
-  for (auto& [key, total] : totals) {
-    const LossTerm& term = term_at(sites, key);
-    if (term.loss->pooled_over_layers()) total = pooled.at(term.label);
-  }
+  std::map<std::pair<std::string, std::string>, LossStatistics> pooled;  // by (table, label)
+  for (const auto& [key, total] : totals)
+    if (const LossTerm& term = term_at(sites, key); term.loss->pooled_over_layers())
+      add_statistics(pooled[{sites[key.site]->table, term.label}], total, 1);
+  for (auto& [key, total] : totals)
+    if (const LossTerm& term = term_at(sites, key); term.loss->pooled_over_layers())
+      total = pooled.at({sites[key.site]->table, term.label});
 }
 
 TermKey pool_head(const std::vector<Site*>& sites, const TermKey& key) {
@@ -44,7 +43,8 @@ TermKey pool_head(const std::vector<Site*>& sites, const TermKey& key) {
   for (size_t s = 0; s < key.site; ++s)
     for (size_t t = 0; t < sites[s]->losses.size(); ++t) {
       const LossTerm& other = sites[s]->losses[t];
-      if (other.loss->pooled_over_layers() && other.label == term.label) return {s, t};
+      const bool together = other.label == term.label && sites[s]->table == sites[key.site]->table;
+      if (other.loss->pooled_over_layers() && together) return {s, t};
     }
   return key;
 }

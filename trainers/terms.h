@@ -32,7 +32,7 @@ const LossTerm& term_at(const std::vector<Site*>& sites, const TermKey& key);
 void add_statistics(LossStatistics& total, const LossStatistics& part, double share);
 void all_reduce(LossStatistics& total, Comm& comm);
 
-// Terms whose loss pools its layers share one total: the sum over the sites with the same label.
+// Terms whose loss pools its layers share one total: the sum over the sites of one table of the config with the same label.
 void pool_layers(TermTotals& totals, const std::vector<Site*>& sites);
 
 // The term that stands for all that share its pool; itself where nothing is pooled. A pool's value is that of its first term's

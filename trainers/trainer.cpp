@@ -106,6 +106,7 @@ void Trainer::resume(const Checkpoint& checkpoint) {
   restore(checkpoint, *model_, optimizer_);
   freeze_only(*model_, checkpoint.content.state.at("frozen"));
   step_ = saved_step_ = checkpoint.step;
+  for (Site* site : model_->sites()) site->checked_step = step_;
   tokens_ = checkpoint.content.state.at("tokens");
   window_.load(checkpoint.content.state.at("window"));
   last_window_.load(checkpoint.content.state.at("last_window"));
@@ -161,6 +162,7 @@ void Trainer::end_routers_step(const StepResult& result) {
 }
 
 void Trainer::apply(Site& site, const Event& event) {
+  site.checked_step = step_ + 1;
   if (event.kind == Event::Kind::kFreeze || event.kind == Event::Kind::kUnfreeze)
     for (const NamedTensor& parameter : site.router->parameters())
       for (const std::string& name : event.tensors)

@@ -83,7 +83,8 @@ void truncate_after_step(const std::string& path, int64_t step) {
     const json record = json::parse(line, nullptr, false);
     ++line_number;
     if (!record.is_object() && rest.empty()) break;
-    if (!record.is_object()) data_error(fmt::format("'{}', line {}: not a JSON object; remove it", path, line_number));
+    if (!record.is_object())
+      data_error(fmt::format("'{}', line {}: not a JSON object; delete this line, then resume again", path, line_number));
     if (!is_after(record, step)) kept.append(line).push_back('\n');
   }
   if (kept != text) write_file_atomically(path, kept);

@@ -110,14 +110,17 @@ const Registration<LossEntry> balance_registration{{
         {
             option("counts", "first_choice", "which choices of a row count: its first one, or each (then Σ f = k)")
                 .one_of({"first_choice", "any_choice"}),
-            option("divide_by_k", false, "any_choice only: divide f by the mean number of choices, so that Σ f = 1"),
+            option("divide_by_k", false, "any_choice only: divide f by the mean number of choices, so that Σ f = 1")
+                .read_when("counts", {"any_choice"}),
             option("probabilities", "clean",
                    "P from probabilities without noise, or softmax of the noisy logits, of sigmoid routers too")
                 .one_of({"clean", "noisy"}),
             option("layers", "each", "one value per layer, or one value from the counts of all layers together")
                 .one_of({"each", "pooled"}),
-            option("second_place", 0.0, "weight of the same sum over second choices, with probabilities renormalised without "
-                   "the first (Mesh TensorFlow's option for GShard: 0.5)").at_least(0),
+            option("second_place", 0.0,
+                   "weight of the same sum over second choices, with probabilities renormalised without "
+                   "the first (Mesh TensorFlow's option for GShard: 0.5)")
+                .at_least(0),
         },
     .make = [](const Options& options, const RouterEntry&) { return std::make_unique<BalanceLoss>(options); },
     .refuses = balance_refuses,

@@ -99,6 +99,7 @@ const Registration<LossEntry> load_registration{{
         },
     .make = [](const Options& options, const RouterEntry& router) { return std::make_unique<LoadLoss>(options, router); },
     .refuses = refuses_without_choices,
+    .needs_noise = true,
 }};
 
 }  // namespace

@@ -102,6 +102,17 @@ bool Backbone::has_adapters() const {
   return std::any_of(blocks_.begin(), blocks_.end(), [](const auto& block) { return block->adapters() != nullptr; });
 }
 
+void Backbone::fold_adapters(const FoldedExperts& experts) const {
+  const at::NoGradGuard no_grad;
+  for (const auto& block : blocks_) {
+    if (!block->adapters()) continue;
+    const std::vector<NamedTensor> deltas = block->adapters()->folded(experts);
+    for (const NamedTensor& parameter : block->parameters())
+      for (const NamedTensor& delta : deltas)
+        if (delta.name == parameter.name) parameter.tensor.add_(delta.tensor.view_as(parameter.tensor));
+  }
+}
+
 void Backbone::freeze_base() const {
   if (!has_adapters()) return;
   for (const NamedTensor& parameter : parameters())

@@ -12,6 +12,10 @@ class Backbone : public Model {
   int64_t active_parameters() const override;
   std::vector<NamedTensor> optimised() const override;
 
+  // Adds the adapters of every block to the weights that they stand on. The adapters stay: what is left to use is the base.
+  void fold_adapters(const FoldedExperts& experts) const;
+  bool has_adapters() const;
+
  protected:
   // Where blocks carry adapters, everything else stands still: called by models when all their parameters are there.
   void freeze_base() const;
@@ -27,8 +31,6 @@ class Backbone : public Model {
   double block_flops_per_row(int64_t context) const;  // Σ over the blocks
 
  private:
-  bool has_adapters() const;
-
   std::vector<std::shared_ptr<Block>> blocks_;
 };
 

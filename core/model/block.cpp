@@ -4,6 +4,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 namespace moelab {
 namespace {
 
@@ -52,7 +54,8 @@ double site_flops(const MoELayer& moe, int64_t context) {
 int64_t choices_per_row(const RouterFacts& facts, const RouterSpec& spec, Mode mode) {
   if (facts.plan_in(mode) != PlanForm::kSparse || facts.variable_k) return 0;
   if (mode != Mode::kTrain && facts.in_evaluation == InEvaluation::kAllExperts) return spec.experts;
-  return facts.fixed_k == 0 && spec.options.declared("k") ? spec.k() : facts.fixed_k;
+  if (facts.fixed_k == 0 && spec.options.declared("k")) return spec.k();
+  return std::min(facts.fixed_k, spec.max_experts);  // one expert cannot be chosen twice
 }
 
 Block::Block(int64_t index, const BlockSettings& settings) : sees_future_(settings.sees_future) {

@@ -56,4 +56,13 @@ std::string require_causal(const Table& moe, const LayerSettings& layer, bool al
   return train.reason;
 }
 
+void require_causal_mask(const Table& expert, const LayerSettings& layer) {
+  const Options& options = layer.expert_spec.options;
+  if (!options.declared("mask") || options.text("mask") != "full") return;
+  expert.fail("mask",
+              fmt::format("layer {}: mask = \"full\" shows every token the later ones, in evaluation too, and this model is "
+                          "causal; leave mask out, or use it with a classifier",
+                          layer.router_spec.layer));
+}
+
 }  // namespace moelab

@@ -20,7 +20,7 @@ Tensor head_weight(RandomKey key, const HeadMap& map, std::vector<int64_t> shape
 }  // namespace
 
 HeadBank::HeadBank(const ExpertSpec& spec, std::vector<HeadMap> maps, std::vector<size_t> stages)
-    : maps_(std::move(maps)), stages_(std::move(stages)) {
+    : maps_(std::move(maps)), stages_(std::move(stages)), first_(spec.first) {
   groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
   for (const HeadMap& map : maps_) {
     const Tensor weight_EOI = add_parameter(map.name, at::empty({spec.experts, map.out, map.in}, spec.dtype));
@@ -48,7 +48,8 @@ void HeadBank::reset_expert(int64_t expert, RandomKey key) {
   const at::NoGradGuard no_grad;
   for (size_t m = 0; m < maps_.size(); ++m) {
     const Tensor weight_OI = weight(m).select(0, expert);
-    weight_OI.copy_(head_weight(key.with(maps_[m].name, expert), maps_[m], weight_OI.sizes().vec(), weight_OI.scalar_type()));
+    weight_OI.copy_(
+        head_weight(key.with(maps_[m].name, first_ + expert), maps_[m], weight_OI.sizes().vec(), weight_OI.scalar_type()));
   }
 }
 

@@ -42,6 +42,7 @@ class HeadBank : public ExpertBank {
  private:
   std::vector<HeadMap> maps_;
   std::vector<size_t> stages_;
+  int64_t first_;  // global id of expert 0
 };
 
 // What heads have in common, trained but not routed.

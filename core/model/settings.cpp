@@ -6,6 +6,7 @@
 #include "core/model/twin.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <cmath>
 #include <map>
@@ -14,6 +15,51 @@ namespace moelab {
 namespace {
 
 at::ScalarType model_dtype(const Options& model) { return model.text("dtype") == "float64" ? at::kDouble : at::kFloat; }
+
+// Which table describes experts of a place, and what they are.
+struct PlaceTable {
+  const char* table;
+  const char* what;
+};
+
+PlaceTable table_of(ExpertPlace place) {
+  switch (place) {
+    case ExpertPlace::kAttention:
+      return {"attention", "are attention heads"};
+    case ExpertPlace::kLinears:
+      return {"adapters", "are laid on the linear maps of dense blocks"};
+    default:
+      return {"moe", "stand in for a feed-forward layer"};
+  }
+}
+
+void require_own_table(const Table& here, const std::string& table, const LayerSettings& layer) {
+  const PlaceTable own = table_of(layer.place);
+  if (own.table == table) return;
+  std::vector<std::string> fitting;
+  for (const ExpertEntry& entry : Registry<ExpertEntry>::instance().all())
+    if (table_of(entry.place).table == table) fitting.push_back(entry.name);
+  here.child("expert").fail("name", fmt::format("experts '{}' {}: describe them in [{}]; [{}] takes {}", layer.expert, own.what,
+                                                own.table, table, fmt::join(fitting, ", ")));
+}
+
+bool adds_noise(const LayerSettings& layer) {
+  const NoiseSpec::Kind kind = layer.router_spec.noise.kind;
+  if (kind != NoiseSpec::Kind::kPaper) return kind == NoiseSpec::Kind::kNormal;
+  return make_router(layer.router, layer.router_spec)->noise_shape(Mode::kTrain).starts_with("normal");
+}
+
+// Training with a loss that cannot have a gradient. `route` reports the value all the same, and so do the paper's own sets.
+void refuse_losses_without_noise(const Table& tables, const LayerSettings& layer) {
+  for (const Table& loss : tables.array("loss")) {
+    const std::string name = loss.options({option("name", "", "")}, loss.keys()).text("name");
+    if (Registry<LossEntry>::instance().find(name).needs_noise && !adds_noise(layer))
+      loss.fail("name",
+                fmt::format("loss '{}' has a gradient through noise on the logits alone, and router '{}' has none here; set "
+                            "[{}.noise] kind = \"normal\", or take another loss",
+                            name, layer.router, layer.table));
+  }
+}
 
 // Reads the blocks of one model, one by one.
 struct BlockReader {
@@ -49,6 +95,7 @@ struct BlockReader {
     LayerSettings layer =
         read_layer(tables, model.integer("width"), index, spec.data.vocabulary(), model_dtype(model), key, table);
     layer.expert_spec.output_scale = output_scale();
+    refuse_losses_without_noise(tables, layer);
     return layer;
   }
 
@@ -65,6 +112,7 @@ struct BlockReader {
 
   void place(BlockSettings& settings, const Table& tables, const std::string& table, LayerSettings layer) const {
     const Table here = tables.child(table);
+    require_own_table(here, table, layer);
     const bool twin = model.text("twin") != "none";
     if (twin && layer.place != ExpertPlace::kFeedForward)
       spec.root.child("model").fail("twin",
@@ -72,24 +120,18 @@ struct BlockReader {
     if (attention && attention->causal && !twin)
       if (const std::string why = require_causal(here, layer, spec.allow_noncausal_training, spec.eval_prompt); !why.empty())
         settings.sees_future.push_back(fmt::format("layers.{}.{}: {}", layer.router_spec.layer, table, why));
-    const auto once = [&](bool taken) {
-      if (taken)
-        here.child("expert").fail("name",
-                                  fmt::format("experts '{}' want a place of the block that another table has", layer.expert));
-    };
     if (layer.place == ExpertPlace::kAttention) {
-      once(settings.routed_attention.has_value());
       if (!attention)
         here.child("expert").fail("name",
                                   fmt::format("experts '{}' are attention heads, but this model has no attention", layer.expert));
+      if (attention->causal) require_causal_mask(here.child("expert"), layer);
       settings.routed_attention = std::move(layer);
     } else if (layer.place == ExpertPlace::kLinears) {
-      once(settings.adapters.has_value());
       settings.adapters = read_adapters(here.child("expert"), std::move(layer), linears());
+    } else if (twin) {
+      settings.dense = dense_twin(tables, layer, model.text("twin"));
     } else {
-      once(settings.moe.has_value() || settings.dense.has_value());
-      if (twin) settings.dense = dense_twin(tables, layer, model.text("twin"));
-      else settings.moe = std::move(layer);
+      settings.moe = std::move(layer);
     }
   }
 
@@ -148,19 +190,30 @@ Table table_of_loss(const Table& root, const std::string& label) {
   return root.child("moe");
 }
 
-// A pooled loss adds what its layers count expert by expert.
+std::vector<const LayerSettings*> routed_places(const BlockSettings& block) {
+  std::vector<const LayerSettings*> places;
+  if (block.routed_attention) places.push_back(&*block.routed_attention);
+  if (block.adapters) places.push_back(&block.adapters->layer);
+  if (block.moe) places.push_back(&*block.moe);
+  return places;
+}
+
+// A pooled loss adds what its layers count expert by expert: the layers of one table, since another's experts are others.
 void refuse_unequal_pools(const std::vector<Table>& tables, const std::vector<BlockSettings>& blocks) {
-  std::map<std::string, std::pair<size_t, int64_t>> first;  // label -> block and experts of the pool's first layer
+  std::map<std::pair<std::string, std::string>, std::pair<size_t, int64_t>> first;  // (table, label) -> block and experts
   for (size_t b = 0; b < blocks.size(); ++b) {
-    if (!blocks[b].moe) continue;
-    const int64_t experts = blocks[b].moe->router_spec.max_experts;
-    for (const LossTerm& term : blocks[b].moe->losses) {
-      if (!term.loss->pooled_over_layers()) continue;
-      const auto [block, others] = first.try_emplace(term.label, b, experts).first->second;
-      if (others == experts) continue;
-      table_of_loss(tables[b], term.label).fail("layers", fmt::format(
-          "loss '{}' pools its layers, which must have equally many experts, but layer {} has {} and layer {} has {}; use "
-          "layers = \"each\"", term.label, block, others, b, experts));
+    for (const LayerSettings* place : routed_places(blocks[b])) {
+      const int64_t experts = place->router_spec.max_experts;
+      for (const LossTerm& term : place->losses) {
+        if (!term.loss->pooled_over_layers()) continue;
+        const auto [block, others] = first.try_emplace({place->table, term.label}, b, experts).first->second;
+        if (others == experts) continue;
+        table_of_loss(tables[b], term.label)
+            .fail("layers", fmt::format("loss '{}' pools its layers, which must have equally many experts, but layer {} has {} "
+                                        "and layer {} has {}; use "
+                                        "layers = \"each\"",
+                                        term.label, block, others, b, experts));
+      }
     }
   }
 }

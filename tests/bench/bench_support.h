@@ -32,15 +32,12 @@ struct RatioRow {
   double scale = 1;                    // of the ratio
   bool from_one = false;               // 1 − ratio is shown
   bool of_peaks = false;               // of peak_bytes instead of times
-  double number = 0;                   // a known number instead, where there is no numerator
 };
 
 class Suite {
  public:
   void add(Line line);
   void add(RatioRow row) { ratios_.push_back(std::move(row)); }
-
-  void add_number(std::string what, double number, double bar, bool above);
 
   // Google Benchmark's arguments. Prints the ratios, and writes them to the file that MOELAB_BENCH_MARKDOWN names.
   int run(int argc, char** argv);

@@ -94,8 +94,12 @@ void add_soft(Suite& suite, int64_t rows, int64_t width, int64_t hidden, int64_t
   const auto m = std::make_shared<const Mixture>(soft_mixture(rows, width, hidden, experts, slots));
   check_close(execute(m->plan, *m->bank, {.x_TD = m->x_TD}), execute_reference(m->plan, *m->bank, {.x_TD = m->x_TD}), "soft");
   const std::string tail = fmt::format("fwd_bwd/T{}_d{}_f{}_E{}_p{}/threads1", rows, width, hidden, experts, slots);
-  suite.add(Line{.name = "soft/" + tail, .work = [=] { m->once(); }, .threads = 1});
-  suite.add(Line{.name = "soft_products/" + tail, .work = [=] { soft_products(*m); }, .threads = 1});
+  // logits, dispatch and combine, then the experts; three times that with gradients
+  const double flops = 3 * (6.0 * static_cast<double>(rows) + 4.0 * static_cast<double>(hidden)) *
+                       static_cast<double>(experts * slots * width);
+  suite.add(Line{.name = "soft/" + tail, .work = [=] { m->once(); }, .threads = 1, .counters = {{"flops", flops}}});
+  suite.add(
+      Line{.name = "soft_products/" + tail, .work = [=] { soft_products(*m); }, .threads = 1, .counters = {{"flops", flops}}});
   suite.add(RatioRow{"soft, " + tail + ": its products over the layer", "soft_products/" + tail, "soft/" + tail, 0.8, true});
 }
 
@@ -108,8 +112,9 @@ void add_merge(Suite& suite, int64_t groups, int64_t rows, int64_t width, int64_
     m->bank->zero_grad();
     m->x_TD.mutable_grad() = Tensor();
   };
-  suite.add(Line{.name = "merge/" + tail, .work = [=] { m->once(); }, .threads = 1});
-  suite.add(Line{.name = "merge_on_graph/" + tail, .work = on_graph, .threads = 1});
+  const double flops = 12.0 * static_cast<double>(rows * width * hidden);
+  suite.add(Line{.name = "merge/" + tail, .work = [=] { m->once(); }, .threads = 1, .counters = {{"flops", flops}}});
+  suite.add(Line{.name = "merge_on_graph/" + tail, .work = on_graph, .threads = 1, .counters = {{"flops", flops}}});
   suite.add(RatioRow{"merge, " + tail + ": all copies on the graph over the layer", "merge_on_graph/" + tail, "merge/" + tail, 0,
                      true});
   suite.add(RatioRow{.what = "merge, " + tail + ": peak bytes over those with all copies on the graph",

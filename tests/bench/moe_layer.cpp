@@ -5,8 +5,9 @@
 //   bare         the experts' products and activations on rows already gathered, without autograd: the bar
 //   dense        a dense layer of width k·f
 //   plain        gather, the library's grouped product, index_add: the plain way of today
-//   where        a loop over experts with where, index_select and index_add, on stacked weights
-//   einsum       dispatch and combine masks of capacity 1.25 (GShard's form), forward
+//   where        a loop over experts with where, index_select and index_add; each expert's weights are tensors of their own
+//   where_stacked  the same on slices of stacked weights, whose gradients autograd makes as large as the whole stack
+//   einsum       dispatch and combine masks of capacity 1.25 (GShard's form)
 //
 // Experts' loads: even in expectation, `zipf` (share of expert e ∝ 1/(e+1)), `one` (one expert takes all first choices).
 #include "bench_support.h"
@@ -82,7 +83,8 @@ struct Fixture {
   Tensor dense_out_DF = random_values("out", {shape.width, shape.k * shape.hidden}, 0.03).requires_grad_();
   SparsePlan plan;
   Tensor rows_ND, grad_rows_ND;
-  std::vector<Tensor> w_in, w_out;
+  std::vector<Tensor> w_in, w_out;          // of the bank
+  std::vector<Tensor> own_in_E, own_out_E;  // copies, each a parameter
 
   explicit Fixture(Shape of) : shape(std::move(of)) {
     plan = route();
@@ -93,6 +95,8 @@ struct Fixture {
     for (int64_t e = 0; e < shape.experts; ++e) {
       w_in.push_back(bank->parameters_of(e)[0].detach());
       w_out.push_back(bank->parameters_of(e)[1].detach());
+      own_in_E.push_back(w_in.back().clone().requires_grad_());
+      own_out_E.push_back(w_out.back().clone().requires_grad_());
     }
   }
 
@@ -108,6 +112,8 @@ struct Fixture {
   void zero_grads() const {
     bank->zero_grad();
     for (const Tensor& leaf : {x_TD, router_ED, dense_in_FD, dense_out_DF, plan.gate_N}) leaf.mutable_grad() = Tensor();
+    for (const auto* own : {&own_in_E, &own_out_E})
+      for (const Tensor& leaf : *own) leaf.mutable_grad() = Tensor();
   }
 };
 
@@ -130,18 +136,24 @@ Tensor plain_output(const Fixture& f) {
   return at::zeros_like(f.x_TD).index_add(0, token_N, out_ND.mul(gate_N1));
 }
 
-Tensor where_output(const Fixture& f) {
+template <class Weights>
+Tensor looped_output(const Fixture& f, const Weights& in, const Weights& out) {
   const auto [gate_TK, choice_TK] = plain_choices(f);
-  const Tensor w_in = f.bank->parameters()[0].tensor, w_out = f.bank->parameters()[1].tensor;
   Tensor y_TD = at::zeros_like(f.x_TD);
   for (int64_t e = 0; e < f.shape.experts; ++e) {
     const std::vector<Tensor> where = at::where(choice_TK.eq(e));
     if (where[0].numel() == 0) continue;
     const Tensor rows = f.x_TD.index_select(0, where[0]);
-    const Tensor out = at::linear(at::gelu(at::linear(rows, w_in[e])), w_out[e]);
-    y_TD = y_TD.index_add(0, where[0], out.mul(at::index(gate_TK, {where[0], where[1]}).unsqueeze(1)));
+    const Tensor done = at::linear(at::gelu(at::linear(rows, in[static_cast<size_t>(e)])), out[static_cast<size_t>(e)]);
+    y_TD = y_TD.index_add(0, where[0], done.mul(at::index(gate_TK, {where[0], where[1]}).unsqueeze(1)));
   }
   return y_TD;
+}
+
+Tensor where_output(const Fixture& f) { return looped_output(f, f.own_in_E, f.own_out_E); }
+
+Tensor where_stacked_output(const Fixture& f) {
+  return looped_output(f, f.bank->parameters()[0].tensor, f.bank->parameters()[1].tensor);
 }
 
 // Masks of T·E·C elements: what this project never makes.
@@ -202,6 +214,7 @@ void check_answers(const Fixture& f) {
   check_close(combine_rows(at::cat(bare.outputs), f.plan), layer_output(f), "bare");
   check_close(plain_output(f), layer_output(f), "plain");
   check_close(where_output(f), layer_output(f), "where");
+  check_close(where_stacked_output(f), layer_output(f), "where on stacked weights");
 }
 
 // Made and checked when the first of its lines runs: a filter leaves most of them out.
@@ -252,7 +265,7 @@ struct Lines {
   std::string name(const std::string& what) const {
     return fmt::format("{}/{}/{}{}/threads{}", what, pass, f->shape.name(), keep ? "" : "/returned", threads);
   }
-  void add(const std::string& what, std::function<void()> work, int repetitions = 9) const {
+  void add(const std::string& what, std::function<void()> work, int repetitions = 7) const {
     const double scale = pass == "fwd" ? 1 : 3;
     const Shape& s = f->shape;
     suite.add(Line{.name = name(what), .work = std::move(work), .threads = threads, .keep_memory = keep,
@@ -260,7 +273,7 @@ struct Lines {
                    .counters = {{"flops", scale * s.flops()}, {"bytes", s.minimal_bytes()},
                                 {"rows_per_expert", static_cast<double>(s.rows_per_expert())}}});
   }
-  void add_output(const std::string& what, Output output, int repetitions = 9) const {
+  void add_output(const std::string& what, Output output, int repetitions = 7) const {
     const FixturePtr shared = f;
     if (pass == "fwd") add(what, [=] { forward_once(shared, output); }, repetitions);
     else add(what, [=] { both_once(shared, output); }, repetitions);
@@ -291,11 +304,13 @@ void add_lines(const Lines& lines) {
   lines.ratio("layer over the dense layer", "moe_layer", "dense", 0, false);
   lines.add_output("plain", plain_output);
   lines.ratio("the plain way over the layer", "plain", "moe_layer", s.experts >= 256 ? 1.4 : s.experts >= 8 ? 1.1 : 0, true);
-  if (s.experts == 64 && s.load == "even" && lines.threads == 1) {
+  if (s.experts == 64 && s.load == "even" && s.k == 2 && lines.keep) {
     lines.add_output("where", where_output, 3);
+    lines.add_output("where_stacked", where_stacked_output, 3);
     lines.ratio("the where loop over the layer", "where", "moe_layer", backward ? 5 : 2, true);
+    lines.ratio("the where loop on stacked weights over the layer", "where_stacked", "moe_layer", 0, true);
   }
-  if (s.experts == 8 && !backward && s.load == "even" && lines.threads == 1) {
+  if (s.experts == 8 && s.k == 2 && s.load == "even" && lines.keep) {
     lines.add_output("einsum", einsum_output, 3);
     lines.ratio("capacity einsum over the layer", "einsum", "moe_layer", 0, true);
   }
@@ -308,12 +323,12 @@ void add_peak(Suite& suite, const Shape& shape) {
                      .above = false, .scale = 1 / shape.minimal_bytes(), .of_peaks = true});
 }
 
-void add_shape(Suite& suite, const Shape& shape, std::vector<int> threads, bool both_modes) {
+void add_shape(Suite& suite, const Shape& shape) {
   const auto f = std::make_shared<const LazyFixture>(shape);
-  for (const int count : threads)
-    for (const char* pass : {"fwd", "fwd_bwd"}) add_lines({suite, f, count, true, pass});
-  if (both_modes)
-    for (const char* pass : {"fwd", "fwd_bwd"}) add_lines({suite, f, 1, false, pass});
+  for (const char* pass : {"fwd", "fwd_bwd"}) {
+    for (const int threads : {1, 2}) add_lines({suite, f, threads, true, pass});
+    add_lines({suite, f, 1, false, pass});
+  }
 }
 
 // Routing and moving rows as a part of the layer: what is left of it without the experts' products.
@@ -328,16 +343,17 @@ void add_share(Suite& suite, const Shape& shape, double bar) {
 int main(int argc, char** argv) {
   Suite suite;
   const Shape coarse{4096, 256, 1024, 8, 2}, many{4096, 256, 1024, 64, 2}, fine{4096, 512, 256, 64, 8};
-  add_shape(suite, coarse, {1, 2}, true);
-  add_shape(suite, many, {1, 2}, true);
-  add_shape(suite, fine, {1, 2}, false);
-  add_shape(suite, {4096, 256, 1024, 8, 1}, {1}, false);
-  add_shape(suite, {4096, 256, 1024, 64, 1}, {1}, false);
-  add_shape(suite, {1024, 64, 256, 16, 2}, {1}, false);
-  add_shape(suite, {4096, 256, 128, 256, 8}, {1}, false);
-  add_shape(suite, {1024, 256, 128, 256, 8}, {1}, false);
-  add_shape(suite, {4096, 256, 1024, 64, 2, "zipf"}, {1, 2}, false);
-  add_shape(suite, {4096, 256, 1024, 64, 1, "one"}, {1, 2}, false);
+  for (const Shape& shape : {coarse, many, fine}) {
+    add_shape(suite, shape);
+    Shape uneven = shape;
+    uneven.load = "zipf";
+    add_shape(suite, uneven);
+  }
+  for (const int64_t experts : {8, 64}) add_shape(suite, {4096, 256, 1024, experts, 1});
+  add_shape(suite, {4096, 256, 1024, 64, 1, "one"});
+  add_shape(suite, {1024, 64, 256, 16, 2});
+  add_shape(suite, {4096, 256, 128, 256, 8});
+  add_shape(suite, {1024, 256, 128, 256, 8});
   add_share(suite, coarse, 0.15);
   add_share(suite, fine, 0.30);
   add_peak(suite, many);

@@ -54,18 +54,20 @@ void add_decision(Suite& suite, int64_t experts, int64_t k) {
   const auto d = std::make_shared<const Decision>(experts, k);
   check_answers(*d);
   const std::string tail = fmt::format("T{}_d{}_E{}_k{}/threads1", kRows, kWidth, experts, k);
-  const auto line = [&](const std::string& what, std::function<void()> work) {
+  const double product_flops = 2.0 * static_cast<double>(kRows * kWidth * experts);
+  const auto line = [&](const std::string& what, std::function<void()> work, double flops = 0) {
     suite.add(Line{.name = what + "/" + tail, .work = [=] { const at::NoGradGuard no_grad; work(); },
                    .inner = kInner,
-                   .counters = {{"rows_per_expert", static_cast<double>(kRows * k / experts)}}});
+                   .counters = {{"rows_per_expert", static_cast<double>(kRows * k / experts)}, {"flops", flops},
+                                {"bytes", 4.0 * static_cast<double>(kRows * (flops > 0 ? kWidth : experts))}}});
   };
   line("softmax_topk/fused", [=] { benchmark::DoNotOptimize(softmax_topk(d->logits_TE, k).prob_TK); });
   line("softmax_topk/library", [=] { benchmark::DoNotOptimize(d->logits_TE.softmax(1).topk(k)); });
   line("permutation/counting_sort", [=] { benchmark::DoNotOptimize(d->plan_of(d->chosen).gate_N); });
   line("permutation/library", [=] { benchmark::DoNotOptimize(sorted_by_library(*d)); });
   line("decision/plan", [=] { benchmark::DoNotOptimize(d->plan_of(softmax_topk(router_logits(d->x_TD, d->weight_ED),
-                                                                               k)).gate_N); });
-  line("decision/gate_product", [=] { benchmark::DoNotOptimize(d->x_TD.matmul(d->weight_ED.t())); });
+                                                                               k)).gate_N); }, product_flops);
+  line("decision/gate_product", [=] { benchmark::DoNotOptimize(d->x_TD.matmul(d->weight_ED.t())); }, product_flops);
   const std::string where = fmt::format("E{} k{}: ", experts, k);
   suite.add(RatioRow{where + "library softmax and topk over the fused pass", "softmax_topk/library/" + tail,
                      "softmax_topk/fused/" + tail,

@@ -2,6 +2,7 @@
 #include "core/params.h"
 
 #include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers.hpp>
 
 #include <cmath>
 #include <limits>
@@ -82,6 +83,33 @@ TEST_CASE("ranges are inclusive, and NaN is in none") {
   CHECK(set_complaint("rate", std::nan("")) == "'rate' is nan, but must be at least 0");
   CHECK(set_complaint("scale", std::nan("")) == "'scale' is nan, but must be a number");
   CHECK(set_complaint("scale", -1e300) == "nothing");
+}
+
+TEST_CASE("a maximum may be excluded") {
+  const OptionSpec beta = option("beta", 0.9, "").at_least(0).below(1);
+  Options options({beta});
+  CHECK_THROWS_WITH(options.set(beta, 1.0), "'beta' is 1, but must be at least 0 and less than 1");
+  CHECK_NOTHROW(options.set(beta, 0.999));
+  CHECK_NOTHROW(options.set(beta, 0.0));
+}
+
+// An option with two readers, of a word and of a number.
+TEST_CASE("an option that no other option reads has a reason, unless its value is the default's") {
+  const OptionSpec mode = option("mode", "none", "").one_of({"none", "share", "count"}), groups = option("groups", 0, "");
+  const OptionSpec factor = option("factor", 1.0, "").read_when("mode", {"share"}).read_unless("groups", "0");
+  Options options({mode, groups, factor});
+  CHECK(unread_reason(factor, options).empty());
+  options.set(factor, 1.0);
+  CHECK(unread_reason(factor, options).empty());
+  options.set(factor, 2.0);
+  CHECK(unread_reason(factor, options) ==
+        "'factor' is not read with mode = \"none\" and groups = 0; it is read with mode = share, unless groups = 0");
+  options.set(groups, int64_t{3});
+  CHECK(unread_reason(factor, options).empty());
+  options.set(groups, int64_t{0});
+  options.set(mode, std::string("share"));
+  CHECK(unread_reason(factor, options).empty());
+  CHECK(unread_reason(mode, options).empty());
 }
 
 TEST_CASE("an unknown choice is answered with the choices and the nearest one") {

@@ -42,17 +42,24 @@ int64_t columns(const std::string& line) {
   return std::count_if(line.begin(), line.end(), [](unsigned char byte) { return (byte & 0xC0) != 0x80; });
 }
 
-// Every `#include "folder/…"` below `folder` must begin with one of the allowed folders.
+// The folder of the checkout that an `#include "…"` of the file at `path` (from the checkout's root) means; "" for any other
+// line. A relative one is followed, and a bare name lies beside the file.
+std::string included_folder(const fs::path& path, const std::string& line) {
+  static const std::regex include(R"re(^\s*#\s*include\s*"([^"]+)")re");
+  std::smatch found;
+  if (!std::regex_search(line, found, include)) return "";
+  const fs::path named = found[1].str();
+  const bool from_root = named.has_parent_path() && *named.begin() != ".." && *named.begin() != ".";
+  return (from_root ? named : (path.parent_path() / named).lexically_normal()).begin()->string();
+}
+
 void require_includes_only(const std::string& folder, const std::set<std::string>& allowed) {
-  const std::regex include(R"re(^\s*#include\s+"([a-z_]+)/)re");
   for (const auto& entry : fs::recursive_directory_iterator(kSource / folder)) {
     if (!is_source(entry.path())) continue;
-    std::ifstream file(entry.path());
-    for (std::string line; std::getline(file, line);) {
-      std::smatch found;
-      if (!std::regex_search(line, found, include)) continue;
+    for (const std::string& line : lines_of(entry.path())) {
+      const std::string included = included_folder(fs::relative(entry.path(), kSource), line);
       CAPTURE(entry.path().string(), line);
-      CHECK(allowed.contains(found[1].str()));
+      CHECK((included.empty() || allowed.contains(included)));
     }
   }
 }
@@ -68,11 +75,21 @@ TEST_CASE("dependencies point one way") {
   require_includes_only("experiments", {"core", "datasets", "trainers", "experiments"});
 }
 
+TEST_CASE("an include is followed to its folder, a relative one too") {
+  CHECK(included_folder("core/model/block.cpp", "#include \"core/plan.h\"") == "core");
+  CHECK(included_folder("core/model/block.cpp", "#include \"../../routers/switch.h\"") == "routers");
+  CHECK(included_folder("core/plan.cpp", "#  include \"../routers/switch.h\"") == "routers");
+  CHECK(included_folder("core/plan.cpp", "#include \"./../routers/switch.h\"") == "routers");
+  CHECK(included_folder("core/model/block.cpp", "#include \"rows.h\"") == "core");
+  CHECK(included_folder("core/plan.cpp", "#include <string>").empty());
+}
+
 TEST_CASE("sources are at most 130 columns wide and 400 lines long") {
   for (const fs::path& path : sources()) {
     int64_t number = 0;
     for (const std::string& line : lines_of(path)) {
-      CAPTURE(path.string(), ++number);
+      ++number;
+      CAPTURE(path.string(), number);
       CHECK(columns(line) <= 130);
     }
     CAPTURE(path.string());
@@ -140,9 +157,9 @@ void require_same(const Names& found, const Names& expected, const std::string& 
 }
 
 // noisy_topk_levels_test.cpp holds more tests of noisy_topk.
-bool is_part_of_another(const std::string& test, const Names& routers) {
-  return !routers.contains(test) &&
-         std::any_of(routers.begin(), routers.end(), [&](const std::string& router) { return test.starts_with(router + "_"); });
+bool is_part_of_another(const std::string& test, const Names& methods) {
+  return !methods.contains(test) &&
+         std::any_of(methods.begin(), methods.end(), [&](const std::string& method) { return test.starts_with(method + "_"); });
 }
 
 }  // namespace
@@ -169,10 +186,46 @@ TEST_CASE("roll call: the registry, the files, the tests and the table in expert
   Names tested;
   for (const std::string& name : stems_in("tests/experts", "_test.cpp"))
     if (name == "zero_cost") tested.merge(Names{"zero", "identity", "constant"});
-    else if (name != "mixed" && name != "compat") tested.insert(name);
+    else if (name != "mixed" && name != "compat" && !is_part_of_another(name, files)) tested.insert(name);
   require_same(tested, files, "tests/experts", "experts have tests/experts/<name>_test.cpp");
   require_same(names_in_table(kSource / "experts/README.md", "experts"), files, "the table in experts/README.md",
                "run `make docs`");
+}
+
+namespace {
+
+// What the head of a file says under "Differences from the paper:", one line.
+std::string differences_in_head(const fs::path& path) {
+  const std::string title = "// Differences from the paper:";
+  std::string text;
+  bool inside = false;
+  for (const std::string& line : lines_of(path)) {
+    if (line.starts_with(title)) inside = true;
+    else if (inside && (line.size() < 4 || !line.starts_with("// "))) break;
+    if (inside) text += line.substr(text.empty() ? title.size() : 2);
+  }
+  return text;
+}
+
+bool says_none(const std::string& differences) {
+  return differences == " none known." || differences == " none known" || differences.starts_with(" there is none");
+}
+
+template <class Entry>
+void require_registered_differences(const std::string& folder) {
+  for (const Entry& entry : Registry<Entry>::instance().all()) {
+    const std::string head = differences_in_head(kSource / folder / (entry.name + ".cpp"));
+    CAPTURE(folder, entry.name, head);
+    CHECK_FALSE(head.empty());
+    CHECK(entry.differences.empty() == says_none(head));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("roll call: what a file's head says of differences from the paper is registered, for `describe` to print") {
+  require_registered_differences<RouterEntry>("routers");
+  require_registered_differences<ExpertEntry>("experts");
 }
 
 TEST_CASE("an experiment of experts extends a base, changes experts, and is under 15 lines") {

@@ -1,50 +1,18 @@
 // Attention heads against one dot product at a time, in three styles; interleaved sequences of unequal lengths, any number of
-// heads.
-#include "core/config.h"
-#include "core/model/routed_attention.h"
-#include "../support/sparse_cases.h"
+// heads, every executor.
+#include "heads_support.h"
 
-#include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_exception.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 using namespace moelab;
 using namespace moelab::testing;
 
 namespace {
-
-constexpr int64_t kWidth = 6, kExperts = 4;
-
-struct HeadCase {
-  std::string style = "moa";
-  std::string tables = "";  // more of [moe.router] and [moe.expert]
-  bool causal = true;
-  bool rotary = true;
-  int64_t heads = 2;        // of the model: a head's size is 6 / heads
-  int64_t experts = kExperts;
-};
-
-std::shared_ptr<RoutedAttention> attention_of(const HeadCase& at) {
-  const std::string text = "[moe]\nexperts = " + std::to_string(at.experts) + "\n" + at.tables + "\n";
-  const std::string head = "[moe.expert]\nname = \"attention_head\"\nstyle = \"" + at.style + "\"\n";
-  AttentionPlace place;
-  place.path = "attention";
-  place.attention.width = kWidth;
-  place.attention.heads = at.heads;
-  place.attention.causal = at.causal;
-  place.attention.rotary = at.rotary;
-  place.layer = read_layer(parse_config(text + head, "heads.toml"), kWidth, 0, 0, at::kDouble, random_key(3, "heads"));
-  const auto attention = Registry<ExpertEntry>::instance().find("attention_head").make_attention(place);
-  std::mt19937_64 draw(4);
-  const at::NoGradGuard no_grad;
-  for (const NamedTensor& entry : attention->parameters())
-    entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
-  return attention;
-}
 
 // Seven rows of two sequences, 4 and 3 long, interleaved, and out of order within the first.
 RouteInput mixed_rows(const Tensor& x_TD, Comm* comm) {
@@ -56,13 +24,6 @@ RouteInput mixed_rows(const Tensor& x_TD, Comm* comm) {
   in.mode = Mode::kEval;
   in.comm = comm;
   return in;
-}
-
-Tensor head_tensor(const Module& module, const std::string& name) {
-  for (const NamedTensor& entry : module.parameters())
-    if (entry.name == name) return entry.tensor;
-  FAIL("no parameter " << name);
-  return {};
 }
 
 Tensor head_turned(const Tensor& x_A, int64_t position) {
@@ -130,6 +91,7 @@ Tensor plain_moh(const HeadCase& at, const RoutedAttention& m, const RouteInput&
     const Tensor split = head_tensor(m, "split.weight").mv(in.x_TD[t]).softmax(0) * 2;
     const Tensor shared = head_tensor(m, "shared_gate.weight").mv(in.x_TD[t]).softmax(0);
     const auto chosen = static_cast<double>(gate_TE[t].count_nonzero().item<int64_t>());
+    const Tensor sum = chosen == 0 ? at::ones({}, at::kDouble) : gate_TE[t].sum();
     Tensor y = at::zeros({kWidth}, at::kDouble);
     const auto add = [&](const std::string& bank, int64_t h, const Tensor& weight) {
       const auto map = [&](const char* name) { return head_tensor(m, bank + name)[h]; };
@@ -137,7 +99,7 @@ Tensor plain_moh(const HeadCase& at, const RoutedAttention& m, const RouteInput&
       y = y + weight * map("w_o").mv(head);
     };
     for (int64_t h = 0; h < shared.size(0); ++h) add("shared.", h, split[0] * shared[h] * static_cast<double>(shared.size(0)));
-    for (int64_t e = 0; e < at.experts; ++e) add("experts.", e, split[1] * gate_TE[t][e] * chosen);
+    for (int64_t e = 0; e < at.experts; ++e) add("experts.", e, split[1] * gate_TE[t][e] / sum * chosen);
     rows.push_back(y);
   }
   return at::stack(rows);
@@ -173,30 +135,64 @@ Tensor plain_attention(const HeadCase& at, const RoutedAttention& m, const Route
   return at.style == "moh" ? plain_moh(at, m, in, outs) : plain_switchhead(at, m, in, outs);
 }
 
-void check_case(const HeadCase& at) {
-  const auto attention = attention_of(at);
+void check_same(const std::vector<Tensor>& a, const std::vector<Tensor>& b, double tolerance) {
+  REQUIRE(a.size() == b.size());
+  for (size_t i = 0; i < b.size(); ++i) {
+    CAPTURE(i);
+    REQUIRE(relative_error(a[i], b[i]) < tolerance);
+  }
+}
+
+const std::vector<std::string> kHeadExecutions{"auto", "loop", "grouped", "bmm", "reference"};
+
+void check_case(HeadCase at) {
   const auto comm = single_comm();
   std::mt19937_64 draw(8);
   const Tensor x_TD = random_leaf(draw, {7, kWidth}, at::kDouble), grad_TD = random_leaf(draw, {7, kWidth}, at::kDouble, false);
   const RouteInput in = mixed_rows(x_TD, comm.get());
-  SiteWalk walk(in);
-  const Tensor y_TD = attention->forward(x_TD, walk, nullptr);
-  const std::vector<LayerOutput> outs = walk.take();
-  REQUIRE(outs.size() == attention->sites().size());
-  std::vector<Tensor> leaves{x_TD};
-  for (const NamedTensor& entry : attention->parameters()) leaves.push_back(entry.tensor);
-  const auto gradients = [&](const Tensor& y) {
-    for (const Tensor& leaf : leaves) leaf.mutable_grad() = Tensor();
-    y.backward(grad_TD, /*keep_graph=*/true);
-    std::vector<Tensor> all{y};
-    for (const Tensor& leaf : leaves) all.push_back(leaf.grad().defined() ? leaf.grad() : at::zeros_like(leaf));
-    return all;
-  };
-  const auto routed = gradients(y_TD), plain = gradients(plain_attention(at, *attention, in, outs));
-  for (size_t i = 0; i < plain.size(); ++i) {
-    CAPTURE(at.style, at.tables, at.causal, i);
-    CHECK(relative_error(routed[i], plain[i]) < 1e-9);
+  for (const std::string& execution : kHeadExecutions) {
+    at.execution = execution;
+    CAPTURE(at.style, at.tables, at.causal, execution);
+    const auto attention = attention_of(at);
+    const HeadOutcome routed = head_outcome(*attention, in, grad_TD);
+    check_same(routed.values, with_gradients(*attention, in, plain_attention(at, *attention, in, routed.outs), grad_TD), 1e-9);
   }
+}
+
+// Up to three interleaved sequences, each row at its place within its own.
+RouteInput random_rows(std::mt19937_64& draw, int64_t rows, Comm* comm) {
+  RouteInput in;
+  in.x_TD = random_leaf(draw, {rows, kWidth}, at::kDouble);
+  in.sequences = 3;
+  in.sequence_T = at::empty({rows}, at::kLong);
+  in.position_T = at::empty({rows}, at::kLong);
+  std::vector<int64_t> next(3, 0);
+  for (int64_t t = 0; t < rows; ++t) {
+    const auto b = static_cast<int64_t>(draw() % 3);
+    in.sequence_T[t] = b;
+    in.position_T[t] = next[static_cast<size_t>(b)]++;
+  }
+  in.sequence_key_T = in.sequence_T;
+  in.mode = Mode::kEval;
+  in.comm = comm;
+  return in;
+}
+
+// By turns: every row a number of its own, from none to all; one head for all rows; all heads; rows without a head but for one.
+Assignment random_choice(std::mt19937_64& draw, int kind, int64_t rows) {
+  const Tensor choice_TK = at::empty({rows, kExperts}, at::kLong), kept_TK = at::zeros({rows, kExperts}, at::kBool);
+  const auto one = static_cast<int64_t>(draw() % kExperts);
+  for (int64_t t = 0; t < rows; ++t) {
+    std::vector<int64_t> order{0, 1, 2, 3};
+    std::shuffle(order.begin(), order.end(), draw);
+    const auto some = static_cast<int64_t>(draw() % (kExperts + 1));
+    for (int64_t k = 0; k < kExperts; ++k) {
+      const int64_t head = order[static_cast<size_t>(k)];
+      choice_TK[t][k] = head;
+      kept_TK[t][k] = kind == 0 ? k < some : kind == 1 ? head == one : kind == 2 || (t == 0 && k == 0);
+    }
+  }
+  return {.choice_TK = choice_TK, .kept_TK = kept_TK, .dropped_TK = kept_TK.logical_not()};
 }
 
 }  // namespace
@@ -213,51 +209,28 @@ TEST_CASE("attention_head: every style equals one dot product at a time, causal 
   }
 }
 
-TEST_CASE("attention_head: all heads with unit weights are dense multi-head attention") {
-  // Equal logits give equal gates, and moh multiplies by their number; a lone expert has the gate 1.
-  const std::string all = "[moe.router]\nk = 3";
-  for (const HeadCase& at : {HeadCase{.style = "moh", .tables = all, .heads = 3, .experts = 3},
-                             HeadCase{.style = "switchhead", .tables = "[moe.router]\nk = 1", .heads = 3, .experts = 1}}) {
-    const auto attention = attention_of(at);
-    const auto comm = single_comm();
-    {
-      const at::NoGradGuard no_grad;
-      for (const NamedTensor& entry : attention->parameters())
-        if (entry.name.find("router.weight") != std::string::npos || entry.name == "split.weight" ||
-            entry.name == "shared_gate.weight")
-          entry.tensor.zero_();
+TEST_CASE("attention_head: every executor is the reference on random decisions, in values and gradients") {
+  const auto comm = single_comm();
+  std::mt19937_64 draw(19);
+  for (const std::string style : {"moa", "moh", "switchhead"}) {
+    std::vector<std::shared_ptr<RoutedAttention>> by_execution;
+    for (const std::string& execution : kHeadExecutions)
+      by_execution.push_back(attention_of({.style = style,
+                                           .tables = "[moe.router]\nname = \"sigmoid_topk\"\nk = 4",
+                                           .rotary = false,
+                                           .heads = style == "switchhead" ? 2 : 1,
+                                           .execution = execution}));
+    for (int i = 0; i < 40; ++i) {
+      const RouteInput in = random_rows(draw, i % 8 == 7 ? 0 : 1 + static_cast<int64_t>(draw() % 12), comm.get());
+      const Tensor grad_TD = random_leaf(draw, in.x_TD.sizes().vec(), at::kDouble, false);
+      std::vector<Assignment> forced;
+      for (size_t s = 0; s < by_execution[0]->sites().size(); ++s) forced.push_back(random_choice(draw, i % 4, in.rows()));
+      const auto reference = head_outcome(*by_execution.back(), in, grad_TD, forced);
+      for (size_t e = 0; e + 1 < kHeadExecutions.size(); ++e) {
+        CAPTURE(style, i, kHeadExecutions[e]);
+        check_same(head_outcome(*by_execution[e], in, grad_TD, forced).values, reference.values, 1e-10);
+      }
     }
-    AttentionSpec spec;
-    spec.width = kWidth;
-    spec.heads = 3;
-    spec.context = 5;
-    spec.dtype = at::kDouble;
-    SelfAttention dense(spec);
-    const bool moh = at.style == "moh";
-    std::mt19937_64 draw(9);
-    const Tensor x_TD = random_leaf(draw, {5, kWidth}, at::kDouble, false);
-    RouteInput in;
-    in.x_TD = x_TD;
-    in.sequence_T = in.sequence_key_T = at::zeros({5}, at::kLong);
-    in.position_T = at::arange(5, at::kLong);
-    in.mode = Mode::kEval;
-    in.comm = comm.get();
-    const at::NoGradGuard no_grad;
-    if (moh) head_tensor(*attention, "shared.w_o").zero_();  // the one shared head is not part of the comparison
-    const auto set = [&](const char* name, const Tensor& weight_HAD) {
-      head_tensor(dense, name).copy_(weight_HAD.reshape({kWidth, kWidth}));
-    };
-    const auto side = [&](const std::string& which, const char* map) {
-      std::vector<Tensor> heads;
-      for (int64_t h = 0; h < 3; ++h) heads.push_back(head_tensor(*attention, which + std::to_string(h) + ".experts." + map)[0]);
-      return at::stack(heads);
-    };
-    set("q", head_tensor(*attention, moh ? "experts.w_q" : "shared.w_q"));
-    set("k", head_tensor(*attention, moh ? "experts.w_k" : "shared.w_k"));
-    set("v", moh ? head_tensor(*attention, "experts.w_v") : side("value", "w_v"));
-    set("o", (moh ? head_tensor(*attention, "experts.w_o") : side("output", "w_o")).permute({1, 0, 2}));
-    SiteWalk walk(in);
-    CHECK(relative_error(attention->forward(x_TD, walk, nullptr), dense.forward(x_TD.unsqueeze(0))[0]) < 1e-10);
   }
 }
 

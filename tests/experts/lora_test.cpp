@@ -2,6 +2,7 @@
 #include "core/adapters.h"
 #include "core/error.h"
 #include "core/feed_forward.h"
+#include "core/grouped.h"
 #include "../support/sparse_cases.h"
 
 #include <ATen/ATen.h>
@@ -207,6 +208,80 @@ TEST_CASE("lora: soft plans and merge plans agree with the reference executor, w
   for (const Plan& plan : {Plan(soft), Plan(merge)})
     check_lora_same(lora_gradients(execute(plan, *bank, {.x_TD = x_TD}), leaves),
                     lora_gradients(execute_reference(plan, *bank, {.x_TD = x_TD}), leaves));
+}
+
+namespace {
+
+// By turns: anything with drops, no row, one expert for all rows, all experts, rows that mostly have none.
+SparseCase lora_plan(std::mt19937_64& draw, int kind, int64_t experts) {
+  const auto rows = static_cast<int64_t>(1 + draw() % 20), k = static_cast<int64_t>(1 + draw() % static_cast<uint64_t>(experts));
+  if (kind == 1) return random_sparse_case(draw, 0, experts, k, 0, at::kDouble);
+  if (kind == 3) return random_sparse_case(draw, rows, experts, experts, 0, at::kDouble);
+  if (kind != 2) return random_sparse_case(draw, rows, experts, k, kind == 4 ? 0.8 : 0.2, at::kDouble);
+  const Tensor choice_TK = at::full({rows, 1}, k - 1, at::kLong), all_TK = at::ones({rows, 1}, at::kBool);
+  const Tensor gate_TK = random_leaf(draw, {rows, 1}, at::kDouble);
+  return {make_sparse_plan({choice_TK, all_TK, all_TK.logical_not()}, gate_TK, experts), gate_TK};
+}
+
+const Execution kLoraExecutions[] = {Execution::kAuto, Execution::kLoop, Execution::kGrouped, Execution::kBmm,
+                                     Execution::kReference};
+
+}  // namespace
+
+TEST_CASE("lora: every executor is the reference on random plans, in values and gradients") {
+  std::mt19937_64 draw(13);
+  for (int i = 0; i < 100; ++i) {
+    LoraSettings settings = kSwiglu;
+    settings["targets"] = std::string(i % 2 ? "ffn" : "linear");
+    const auto bank = lora_bank(draw, 5, 4, settings);
+    const SparseCase at_hand = lora_plan(draw, i % 5, 4);
+    const Tensor x_TD = random_leaf(draw, {at_hand.plan.rows, 5}, at::kDouble);
+    const std::vector<Tensor> leaves = lora_leaves(*bank, {x_TD, at_hand.gate_TK});
+    const auto values = [&](const Tensor& y) {
+      auto all = lora_gradients(y, leaves);
+      for (size_t l = 0; l < leaves.size(); ++l)
+        all[l + 1] = all[l + 1].defined() ? all[l + 1].clone() : at::zeros_like(leaves[l]);
+      return all;
+    };
+    const Tensor base = bank->base_output(x_TD);
+    const auto reference = values(execute(at_hand.plan, *bank, {.x_TD = x_TD}, Execution::kReference) + base);
+    CAPTURE(i);
+    check_lora_same(values(bank->run(at_hand.plan, {.x_TD = x_TD})), reference);
+    for (const Execution execution : kLoraExecutions)
+      check_lora_same(values(execute(at_hand.plan, *bank, {.x_TD = x_TD}, execution) + base), reference);
+  }
+}
+
+TEST_CASE("lora: under one decision every executor gives each map's sum of products, row by row") {
+  std::mt19937_64 draw(14);
+  for (int i = 0; i < 50; ++i) {
+    ExpertSpec spec = lora_spec(5, 4, {{"targets", std::string("all")}, {"rank", int64_t{2}}, {"alpha", 3.0}});
+    spec.linears = {{"q", 5, 3}, {"w_down", 6, 5}};
+    const auto bank = make_experts("lora", spec);
+    {
+      const at::NoGradGuard no_grad;
+      for (const NamedTensor& entry : bank->parameters())
+        entry.tensor.copy_(random_leaf(draw, entry.tensor.sizes().vec(), at::kDouble, false));
+    }
+    const auto& adapters = dynamic_cast<const AdapterBank&>(*bank);
+    const SparseCase at_hand = lora_plan(draw, i % 5, 4);
+    for (size_t map = 0; map < spec.linears.size(); ++map) {
+      const LinearShape& linear = spec.linears[map];
+      const Tensor x_TI = random_leaf(draw, {at_hand.plan.rows, linear.in}, at::kDouble, false);
+      Tensor plain_TO = at::zeros({at_hand.plan.rows, linear.out}, at::kDouble);
+      for (int64_t n = 0; n < at_hand.plan.token_N.numel(); ++n) {
+        const int64_t t = at_hand.plan.token_N[n].item<int64_t>(), e = at_hand.plan.expert_N[n].item<int64_t>();
+        const Tensor inner_R = lora_tensor(*bank, linear.name + "_a")[e].mv(x_TI[t]);
+        plain_TO[t] += at_hand.plan.gate_N[n].item<double>() * 1.5 *
+                       lora_tensor(*bank, linear.name + "_b")[e].mv(inner_R).detach();
+      }
+      for (const Execution execution : kLoraExecutions) {
+        const GroupedProductGuard products(product_of(execution));
+        CAPTURE(i, map, static_cast<int>(execution));
+        CHECK(relative_error(adapters.delta(at_hand.plan, map, {.x_TD = x_TI}).detach(), plain_TO) < 1e-10);
+      }
+    }
+  }
 }
 
 TEST_CASE("lora: one expert folds into the dense weights") {

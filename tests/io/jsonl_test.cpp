@@ -88,5 +88,5 @@ TEST_CASE("an absent or empty log needs no truncation, a damaged line within one
   CHECK(bytes_of(folder / "empty.jsonl").empty());
   put_bytes(folder / "bad.jsonl", "{\"step\":1}\n{\"st\n{\"step\":2}\n");
   CHECK(error_of([&] { truncate_after_step(folder / "bad.jsonl", 1); }) ==
-        "5: '" + (folder / "bad.jsonl") + "', line 2: not a JSON object; remove it");
+        "5: '" + (folder / "bad.jsonl") + "', line 2: not a JSON object; delete this line, then resume again");
 }

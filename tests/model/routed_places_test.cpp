@@ -4,6 +4,9 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <catch2/catch_test_macros.hpp>
+#include <torch/csrc/autograd/function.h>
+
+#include <set>
 
 using namespace moelab;
 using namespace moelab::test;
@@ -30,7 +33,27 @@ std::vector<std::string> all_places() {
           with_heads("moa"),
           with_heads("moh"),
           with_heads("switchhead"),
-          with_heads("moa", "name = \"top_p\"\np = 0.6")};
+          with_adapters("targets = \"ffn, attention.q, attention.v\""),
+          with_heads("moa", "name = \"top_p\"\np = 0.6"),
+          with_heads("moh", "name = \"top_p\"\np = 0.6"),
+          with_heads("switchhead", "name = \"top_p\"\np = 0.6")};
+}
+
+// Heads that are full drop rows, and some rows have none: two places per sequence for each of three heads.
+const std::string kFullHeads =
+    "[attention.capacity]\nmode = \"absolute\"\nvalue = 2\norder = \"token_major\"\n[attention.capacity.eval]\nvalue = 2\n";
+
+bool has_node(const torch::autograd::Node* node, const std::string& name) {
+  std::vector<const torch::autograd::Node*> open{node};
+  std::set<const torch::autograd::Node*> seen;
+  while (!open.empty()) {
+    const torch::autograd::Node* next = open.back();
+    open.pop_back();
+    if (!next || !seen.insert(next).second) continue;
+    if (next->name().find(name) != std::string::npos) return true;
+    for (const torch::autograd::Edge& edge : next->next_edges()) open.push_back(edge.function.get());
+  }
+  return false;
 }
 
 Tensor dense_logits(const Model& adapted, const Batch& batch) {
@@ -102,7 +125,9 @@ TEST_CASE("every place: decoding with caches equals the full forward, however th
 }
 
 TEST_CASE("every place: padding changes no logit of a real token, and later tokens none of earlier ones") {
-  for (const std::string& text : all_places()) {
+  std::vector<std::string> texts = all_places();
+  for (const char* style : {"moa", "moh", "switchhead"}) texts.push_back(with_heads(style) + kFullHeads);
+  for (const std::string& text : texts) {
     CAPTURE(text);
     const auto model = model_of(text);
     shake(*model);
@@ -114,6 +139,35 @@ TEST_CASE("every place: padding changes no logit of a real token, and later toke
       Batch alone;
       alone.tokens_BL = padded.tokens_BL.narrow(0, b, 1).narrow(1, 0, length);
       CHECK(relative_error(logits_BLV[b].narrow(0, 0, length), logits_of(*model, alone, context_of(Mode::kEval))[0]) < 1e-10);
+    }
+  }
+}
+
+TEST_CASE("heads that are full leave rows without any") {
+  for (const char* style : {"moa", "moh", "switchhead"}) {
+    const ModelOutput out = model_of(with_heads(style) + kFullHeads)->forward(random_batch(2, 8), context_of(Mode::kEval));
+    for (const SiteResult& site : out.sites) CHECK(site.record.left_behind > 0);
+  }
+}
+
+TEST_CASE("every place: `execution` says which products are made, and none changes the logits") {
+  for (std::string text : all_places()) {
+    const Batch batch = random_batch(2, 9);
+    const auto logits = [&](const std::string& execution) {
+      const size_t table = text.find("experts = 3\n");
+      const auto model = model_of(text.substr(0, table) + "execution = \"" + execution + "\"\n" + text.substr(table));
+      shake(*model);
+      return model->forward(batch, context_of(Mode::kEval)).logits_BLV;
+    };
+    const Tensor reference = logits("reference");
+    CAPTURE(text);
+    CHECK_FALSE(has_node(reference.grad_fn().get(), "GroupedLinear"));
+    for (const char* execution : {"auto", "loop", "grouped", "bmm"}) {
+      CAPTURE(execution);
+      const Tensor others = logits(execution);
+      CHECK(relative_error(others.detach(), reference.detach()) < 1e-10);
+      const bool whole = std::string(execution) == "auto" && text.find("style = \"moh\"") != std::string::npos;
+      CHECK(has_node(others.grad_fn().get(), "GroupedLinear") == !whole);
     }
   }
 }
@@ -148,7 +202,7 @@ TEST_CASE("every place: recomputation gives the same loss and gradients, and a r
   }
 }
 
-TEST_CASE("a classifier of patches sees all patches through routed heads") {
+TEST_CASE("a classifier of patches sees all patches through routed heads, whose mask may say so") {
   const auto model = model_for({DataKind::kImages, 3, {1, 4, 4}}, R"(
 [model]
 name = "patches"
@@ -162,6 +216,8 @@ dtype = "float64"
 experts = 3
 [attention.router]
 k = 2
+[attention.expert]
+mask = "full"
 )");
   shake(*model);
   at::manual_seed(1);
@@ -173,6 +229,21 @@ k = 2
   const Tensor after = logits_of(*model, batch, context_of(Mode::kEval));
   CHECK_FALSE(at::allclose(after[0], before[0]));
   CHECK(at::equal(after[1], before[1]));
+}
+
+TEST_CASE("dropout of adapters is refused where it is written, unless rows are drawn one by one") {
+  const auto refusal = [](const std::string& adapters, const std::string& expert) {
+    return refusal_of(kPlacesModel + "[adapters]\nexperts = 3\n" + adapters + "[adapters.expert]\ndropout = 0.1\n" + expert);
+  };
+  const std::string place = "tiny.toml:", reason = "dropout is drawn per row of the layer";
+  for (const std::string& table : {std::string("execution = \"loop\"\n"), std::string("[adapters.router]\nname = \"lory\"\n")}) {
+    const std::string message = refusal(table, "");
+    CAPTURE(message);
+    CHECK(message.find(place) == 0);
+    CHECK(message.find(reason) != std::string::npos);
+  }
+  CHECK(refusal("", "").empty());
+  CHECK(refusal("execution = \"loop\"\n", "targets = \"all\"\ndecision = \"layer\"\n").empty());
 }
 
 TEST_CASE("places that do not fit are refused where they are written") {
@@ -189,5 +260,16 @@ TEST_CASE("places that do not fit are refused where they are written") {
   expect(kPlacesModel + "[attention.router]\nname = \"soft_moe\"\n", "router 'soft_moe' cannot use these experts");
   expect(kPlacesModel + "[attention]\nlayers = \"7\"\n", "there is no block 7");
   expect(with_heads("moa") + "[adapters]\n", "adapters are laid on blocks without them");
+  expect(with_heads("moa") + "mask = \"full\"\n", "tiny.toml:16:1: layer 0: mask = \"full\" shows every token the later ones");
+  expect(kPlacesModel + "[attention]\nrecompute = true\n", "experts 'attention_head' keep no pre-activations");
+  expect(kPlacesModel + "[adapters]\nrecompute = true\n", "experts 'lora' keep no pre-activations");
+  expect(with_adapters("targets = \"ffn, dense\""), "ffn adapts dense.w_gate already");
+  expect(with_adapters("targets = \"ffn, attention.q\"\ndecision = \"layer\""), "one decision serves linear maps alone");
+  expect(with_adapters("targets = \"head\""), "'head' names no linear map of a block");
+  expect(with_adapters("name = \"ffn\""), "experts 'ffn' stand in for a feed-forward layer: describe them in [moe]");
+  expect("[model]\nwidth = 8\n[moe.expert]\nname = \"lora\"\n",
+         "experts 'lora' are laid on the linear maps of dense blocks: describe them in [adapters]");
+  expect("[model]\nwidth = 8\n[moe.expert]\nname = \"attention_head\"\n", "describe them in [attention]");
+  expect("[model]\nwidth = 8\n[attention.expert]\nname = \"ffn\"\n", "[attention] takes attention_head");
   expect("[model]\nwidth = 8\ntwin = \"dense_total\"\n[attention]\n", "only feed-forward experts have a dense twin");
 }

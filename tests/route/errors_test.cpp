@@ -173,3 +173,13 @@ TEST_CASE("route --signature prints the tensors it accepts and computes nothing"
   CHECK(dtype.at("token_ids") == "int64");
   CHECK(dtype.at("router.weight") == "as x");
 }
+
+// The contract lists a table's keys and allows them all; run and check are stricter.
+TEST_CASE("route tells of values that nobody reads, and goes on") {
+  Layer layer = kPlain;
+  layer.capacity = {.mode = "none", .factor = 1.5};
+  const RouteRun run = run_layer(layer, random_inputs(layer), "");
+  CHECK(run.code == 0);
+  CHECK(run.wrote);
+  CHECK_THAT(run.err, ContainsSubstring("'factor' is not read with mode = \"none\""));
+}

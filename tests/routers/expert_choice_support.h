@@ -17,9 +17,14 @@ inline CapacityPolicy share(double factor, CapacityPolicy::Round round = Capacit
 }
 
 // Weight = identity, so that x is the logits.
-inline std::unique_ptr<Router> choosing(int64_t experts, CapacityPolicy capacity, ChoiceOptions options = {}, NoiseSpec noise = {}) {
-  auto router = build_router({.name = "expert_choice", .width = experts, .experts = experts, .options = std::move(options),
-                              .noise = noise, .capacity = capacity});
+inline std::unique_ptr<Router> choosing(int64_t experts, CapacityPolicy capacity, ChoiceOptions options = {},
+                                        NoiseSpec noise = {}) {
+  auto router = build_router({.name = "expert_choice",
+                              .width = experts,
+                              .experts = experts,
+                              .options = std::move(options),
+                              .noise = noise,
+                              .capacity = capacity});
   set_tensor(*router, "weight", at::eye(experts, at::kDouble));
   return router;
 }

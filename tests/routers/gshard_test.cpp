@@ -1,6 +1,8 @@
 #include "tests/routers/oracle.h"
 
 #include "core/error.h"
+#include "core/loss.h"
+#include "core/model/block.h"
 
 using namespace moelab;
 
@@ -159,6 +161,16 @@ TEST_CASE("with one expert gshard has no second choice") {
   const RouteOutput out = route(*build_router({.name = "gshard", .experts = 1}), RouteCase(random_tensor(1, {5, 4})).train());
   CHECK(out.k == 1);
   CHECK(relative_error(out.gate_TK, at::ones({5, 1}, at::kDouble)) < 1e-8);
+}
+
+// With k = 2 the importance loss, E/k - 1 at collapse, would be said to be able to fall below 0.
+TEST_CASE("landmarks of gshard with one expert are those of one choice") {
+  const auto router = build_router({.name = "gshard", .experts = 1});
+  const int64_t k = choices_per_row(router->facts(), router->spec());
+  CHECK(k == 1);
+  const LossEntry& importance = Registry<LossEntry>::instance().find("importance");
+  CHECK(importance.make(Options(importance.options), router->entry())->landmarks(1, k).collapse == 0);
+  CHECK(choices_per_row(router->facts(), build_router({.name = "gshard", .experts = 3})->spec()) == 2);
 }
 
 TEST_CASE("gradients of gshard equal finite differences with the selection frozen, for each normalisation") {

@@ -76,6 +76,45 @@ std::vector<BadInput> bad_inputs() {
       {"[moe.capacity]\nfactor = 1.5\n", "@:3:1: 'factor' is not read without a `mode`; "},
       {"[moe.capacity]\nmode = \"paper\"\nfactor = 1.5\n", "@:4:1: 'factor' is not read with mode = \"paper\""},
       {"[moe.capacity.eval]\nmin = 4\n", "@:3:1: 'min' is not read without a `mode`; "},
+      {"[moe.capacity]\nmode = \"none\"\nfactor = 1.5\n",
+       "@:4:1: 'factor' is not read with mode = \"none\"; it is read with mode = factor or token_fraction"},
+      {"[moe.capacity]\nmode = \"factor\"\nvalue = 3\n", "@:4:1: 'value' is not read with mode = \"factor\"; "},
+      {"[moe.capacity]\nmode = \"absolute\"\nvalue = 3\nfactor = 2\n", "@:5:1: 'factor' is not read with mode = \"absolute\"; "},
+      {"[moe.capacity]\nmode = \"absolute\"\nvalue = 3\nmin = 2\n", "@:5:1: 'min' is not read with mode = \"absolute\"; "},
+      {"[moe.capacity]\nmode = \"token_fraction\"\ntimes_k = true\n",
+       "@:4:1: 'times_k' is not read with mode = \"token_fraction\"; it is read with mode = factor"},
+      {"[moe.capacity.eval]\nmode = \"none\"\nfactor = 2.0\n", "@:4:1: 'factor' is not read with mode = \"none\"; "},
+      {"[moe.capacity]\nmode = \"absolute\"\n", "@:3:1: mode = \"absolute\" needs `value`, the places of each expert"},
+      {"[moe.capacity.eval]\nmode = \"absolute\"\n", "@:3:1: mode = \"absolute\" needs `value`, the places of each expert"},
+      {"[moe.capacity]\nmode = \"factor\"\nfactor = 0\n", "@:4:1: factor = 0 leaves the experts no place; "},
+      {"[moe.noise]\nkind = \"none\"\nstd = 2.0\n", "@:4:1: 'std' is not read with kind = \"none\"; "},
+      {"[moe.noise]\nkind = \"normal\"\nepsilon = 0.1\n", "@:4:1: 'epsilon' is not read with kind = \"normal\"; "},
+      {"[[loss]]\nname = \"balance\"\ndivide_by_k = true\n", "@:4:1: 'divide_by_k' is not read with counts = \"first_choice\"; "},
+      {"[[loss]]\nname = \"load\"\n",
+       "@:3:1: loss 'load' has a gradient through noise on the logits alone, and router 'switch' "},
+      {"[moe.router]\nname = \"gshard\"\nsecond_expert = \"all\"\nthreshold = 0.3\n",
+       "@:5:1: 'threshold' is not read with second_expert = \"all\" and second_expert_eval = \"all\"; "},
+      {"[optimizer]\nname = \"sgd\"\nbeta1 = 0.5\n",
+       "@:4:1: 'beta1' is not read with name = \"sgd\"; it is read with name = adamw"},
+      {"[optimizer]\nmomentum = 0.5\n", "@:3:1: 'momentum' is not read with name = \"adamw\"; it is read with name = sgd"},
+      {"[optimizer]\nbeta1 = 1\n", "@:3:1: 'beta1' is 1, but must be at least 0 and less than 1"},
+      {"[schedule]\ndecay = \"constant\"\nfinal_fraction = 0.2\n",
+       "@:4:1: 'final_fraction' is not read with decay = \"constant\"; it is read unless decay = constant"},
+      {"[moe.shared]\ngate = true\n", "@:3:1: 'gate' is not read with count = 0; it is read unless count = 0"},
+      {"[eval]\nbaseline = \"ngram\"\n", "@:3:1: n-grams of bytes need text, and data set 'markov' has none; "},
+      {"[route]\nstepp = 3\n", "@:3:1: unknown key 'stepp' in [route], did you mean 'step'?"},
+      {"[model]\ndtype = \"float64\"\n[train]\nprecision = \"bf16\"\n", "@:5:1: bf16 autocast leaves float64 alone; "},
+      {"[moe.router]\nname = \"sigmoid_topk\"\ngroups = 3\n", "@:4:1: [moe.router] groups = 3 does not divide experts = 4"},
+      {"[moe.router]\nname = \"expert_choice\"\nscore_norm = \"tokens\"\neval = \"thresholds\"\n",
+       "@:5:1: [moe.router] eval = \"thresholds\" needs score_norm = \"experts\": "},
+      {"[[layer]]\nwhere = \"last\"\n[layer.moe.router]\nname = \"sigmoid_topk\"\ngroups = 3\n",
+       "@:6:1: [moe.router] groups = 3 does not divide experts = 4"},
+      {"[attention]\nexperts = 6\n[[layer]]\nwhere = \"last\"\n[layer.attention]\nexperts = 3\n[[loss]]\nname = "
+       "\"balance\"\nlayers "
+       "= \"pooled\"\n",
+       "@:10:1: loss 'balance' pools its layers, which must have equally many experts, but layer 0 has 6 and layer 1 has 3; "
+       "use "},
+      {"[init]\nfrom = \"nowhere\"\n", "@:3:1: [init] from: '", 5},
       {"plugins = \"nowhere.so\"\n", "@:2:1: cannot read '"},
       {"name = \"../elsewhere\"\n", "@:2:1: '../elsewhere' cannot name a folder"},
       {"", "--set train.steps: there is no '='; write --set table.key=value", 2, {"train.steps"}},
@@ -167,10 +206,62 @@ TEST_CASE("where the disk takes no more, the file is named and no part of a chec
   const ProgramResult some = with_file_limit(folder, 40);  // enough for records, too little for the tensors
   CHECK(some.code == 5);
   CHECK(is_one_line(some.err));
-  CHECK(some.err == "moelab: cannot write 'run/ckpt/step-1.tmp/model.safetensors': File too large\n");
+  CHECK(some.err ==
+        "moelab: cannot write 'run/ckpt/step-1.tmp/model.safetensors': File too large; free some space, then `moelab "
+        "resume run`\n");
   for (const std::string& file : folder.files()) CHECK(file.find("ckpt") == std::string::npos);
   CHECK(text_of(folder / "run/STATUS").starts_with("failed: cannot write 'run/ckpt/"));
   CHECK(run_program(MOELAB_PROGRAM, {"resume", "run", "--quiet"}, folder.path()).code == 0);
+}
+
+TEST_CASE("a batch that memory cannot hold is refused at its place") {
+  const ScratchFolder folder;
+  folder.put("good.toml", kGoodInput);
+  const std::string command = "ulimit -v 6000000; exec " MOELAB_PROGRAM
+                              " run good.toml --out run --quiet --set train.batch=400000000";
+  const ProgramResult result = run_program("/bin/sh", {"-c", command}, folder.path());
+  CAPTURE(result.err);
+  CHECK(result.code == 2);
+  CHECK(is_one_line(result.err));
+  CHECK(
+      result.err.starts_with("moelab: --set train.batch=400000000: memory ran out: take a smaller batch, more micro_batches, "));
+  CHECK(text_of(folder / "run/STATUS").starts_with("failed: --set train.batch=400000000: memory ran out"));
+}
+
+TEST_CASE("tables with other numbers of experts pool their layers apart") {
+  const ScratchFolder folder;
+  folder.put("good.toml", kGoodInput + "[attention]\nexperts = 6\n[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\n");
+  const ProgramResult result = run_program(MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet"}, folder.path());
+  CAPTURE(result.err);
+  CHECK(result.code == 0);
+}
+
+TEST_CASE("what a later file or --set leaves unread is dropped, and the resolved config does not say it") {
+  const ScratchFolder folder;
+  folder.put("base.toml", kGoodInput + "[moe.capacity]\nmode = \"factor\"\nfactor = 1.5\n[optimizer]\nbeta1 = 0.8\n");
+  folder.put("exp.toml", "extends = \"base.toml\"\n[moe.capacity]\nmode = \"none\"\n");
+  const ProgramResult run = run_program(
+      MOELAB_PROGRAM, {"run", "exp.toml", "--out", "run", "--quiet", "--set", "optimizer.name=sgd"}, folder.path());
+  CAPTURE(run.err);
+  CHECK(run.code == 0);
+  CHECK(run.err.find("base.toml:23:1: 'factor' is not read with mode = \"none\"; ") != std::string::npos);
+  const std::string resolved = text_of(folder / "run/config.resolved.toml");
+  CHECK(resolved.find("mode = \"none\"") != std::string::npos);
+  CHECK(resolved.find("factor") == std::string::npos);
+  CHECK(resolved.find("beta1") == std::string::npos);
+  CHECK(run_program(MOELAB_PROGRAM, {"resume", "run", "--quiet"}, folder.path()).code == 0);
+}
+
+TEST_CASE("a run that was stopped before its first checkpoint says so") {
+  const ScratchFolder folder;
+  folder.put("good.toml", kGoodInput);
+  REQUIRE(run_program(MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet"}, folder.path()).code == 0);
+  std::filesystem::remove_all(folder / "run/ckpt");
+  for (const std::vector<std::string>& command : {std::vector<std::string>{"eval", "run"}, {"ckpt", "inspect", "run"}}) {
+    const ProgramResult result = run_program(MOELAB_PROGRAM, command, folder.path());
+    CHECK(result.code == 5);
+    CHECK(result.err == "moelab: run has no checkpoint yet: it was stopped before the first; go on with `moelab resume run`\n");
+  }
 }
 
 void damage(const std::string& file) {

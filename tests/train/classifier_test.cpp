@@ -105,5 +105,28 @@ TEST_CASE("routers that need what images and vectors do not have are refused at 
             .find("tiny.toml:12:1: router 'domain' needs domain labels, which these data do not have") == 0);
 }
 
+// As StableMoE's stand-in for a text model that cuts its sequences: nothing here does.
+Registration<RouterEntry> registered_segment_router() {
+  RouterEntry entry = Registry<RouterEntry>::instance().find("softmax_topk");
+  entry.name = "segments_for_tests";
+  entry.facts.needs_segments = true;
+  return Registration<RouterEntry>{entry};
+}
+const Registration<RouterEntry> segment_registration = registered_segment_router();
+
+TEST_CASE("a router that needs segments is refused, since no model gives them") {
+  CHECK(classifier_refusal("mlp", "segments_for_tests", {}).find("tiny.toml:11:1: router 'segments_for_tests' needs segments") ==
+        0);
+}
+
+TEST_CASE("what a router needs is refused where the layer's own table names the router") {
+  const std::string refusal = classifier_refusal("mlp", "softmax_topk",
+                                                 {"layer=[{where=\"last\", moe={router={name=\"domain\", "
+                                                  "domains=1}}}]"});
+  CAPTURE(refusal);
+  CHECK(refusal.find("--set layer=") == 0);
+  CHECK(refusal.find(": domains = 1, but the data have ") != std::string::npos);
+}
+
 }  // namespace
 }  // namespace moelab::test
