@@ -149,7 +149,8 @@ std::vector<Table> Table::array(const std::string& key) const {
   if (!found->is_array_of_tables())
     fail(key, fmt::format("'{}' is {}, but must be an array of tables [[{}]]", key, config_kind(*found), path));
   for (const ConfigNodePtr& element : *found->list())
-    tables.push_back(make_config_table(config_path(path, std::to_string(tables.size())), element, element->place, node_->lenient));
+    tables.push_back(
+        make_config_table(config_path(path, std::to_string(tables.size())), element, element->place, node_->lenient));
   return tables;
 }
 
