@@ -219,7 +219,7 @@ const std::vector<int64_t>& Options::integers(const std::string& name) const {
 
 std::string readers_text(const OptionSpec& spec) {
   std::string text;
-  for (const OptionSpec::Reader& reader : spec.readers) text += (text.empty() ? "" : ", ") + reader_text(reader);
+  for (const OptionSpec::Reader& reader : spec.readers) text += (text.empty() ? "" : ", or ") + reader_text(reader);
   return text;
 }
 

@@ -103,7 +103,7 @@ TEST_CASE("an option that no other option reads has a reason, unless its value i
   CHECK(unread_reason(factor, options).empty());
   options.set(factor, 2.0);
   CHECK(unread_reason(factor, options) ==
-        "'factor' is not read with mode = \"none\" and groups = 0; it is read with mode = share, unless groups = 0");
+        "'factor' is not read with mode = \"none\" and groups = 0; it is read with mode = share, or unless groups = 0");
   options.set(groups, int64_t{3});
   CHECK(unread_reason(factor, options).empty());
   options.set(groups, int64_t{0});

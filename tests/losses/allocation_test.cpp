@@ -21,13 +21,13 @@ class LargestAllocation : public c10::MemoryReportingInfoBase {
   int64_t largest = 0;
 };
 
-constexpr int64_t kRows = 512, kWidth = 16, kHidden = 32, kExperts = 16;
+constexpr int64_t kProbeRows = 512, kProbeWidth = 16, kProbeHidden = 32, kProbeExperts = 16;
 
 RouteInput rows_of_a_step(const Tensor& x_TD, const std::shared_ptr<Comm>& comm) {
   RouteInput in;
   in.x_TD = x_TD;
-  in.sequence_T = in.sequence_key_T = at::zeros({kRows}, at::kLong);
-  in.position_T = at::arange(kRows, at::kLong);
+  in.sequence_T = in.sequence_key_T = at::zeros({kProbeRows}, at::kLong);
+  in.position_T = at::arange(kProbeRows, at::kLong);
   in.random = random_key(1, "step");
   in.comm = comm.get();
   return in;
@@ -52,10 +52,10 @@ TEST_CASE("a step with the paper's losses and a capacity makes no tensor of rows
   const std::string text = "[moe]\nexperts = 16\n[moe.router]\nname = \"" + router +
                            "\"\n[moe.expert]\nwidth = 32\n[moe.capacity]\nmode = \"factor\"\ntimes_k = true\norder = \"" + order +
                            "\"\n";
-  const MoELayer layer("moe", read_layer(parse_config(text, "layer.toml"), kWidth, 0, 0, at::kFloat, random_key(0, "init")));
+  const MoELayer layer("moe", read_layer(parse_config(text, "layer.toml"), kProbeWidth, 0, 0, at::kFloat, random_key(0, "init")));
   REQUIRE_FALSE(layer.site().losses.empty());
   const std::shared_ptr<Comm> comm = single_comm();
-  const Tensor x_TD = at::randn({kRows, kWidth}, at::kFloat).requires_grad_();
+  const Tensor x_TD = at::randn({kProbeRows, kProbeWidth}, at::kFloat).requires_grad_();
   const auto probe = std::make_shared<LargestAllocation>();
   {
     const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, probe);
@@ -63,11 +63,12 @@ TEST_CASE("a step with the paper's losses and a capacity makes no tensor of rows
   }
   const RouterSpec& spec = layer.site().router->spec();
   const int64_t k = layer.site().router->facts().fixed_k > 0 ? layer.site().router->facts().fixed_k : spec.k();
-  const int64_t capacity = spec.train_capacity.places(kRows, kExperts, k);
-  CHECK(capacity == kRows * k / kExperts);
+  const int64_t capacity = spec.train_capacity.places(kProbeRows, kProbeExperts, k);
+  CHECK(capacity == kProbeRows * k / kProbeExperts);
   CHECK(probe->largest > 0);
-  CHECK(probe->largest <= 8 * kRows * std::max(kExperts, k * kHidden) + 64);  // scores in double, or the hidden rows of all pairs
-  CHECK(probe->largest * 4 <= 4 * kRows * kExperts * capacity);               // far below the forbidden form
+  const int64_t scores_in_double_or_hidden = 8 * kProbeRows * std::max(kProbeExperts, k * kProbeHidden);
+  CHECK(probe->largest <= scores_in_double_or_hidden + 64);
+  CHECK(probe->largest * 4 <= 4 * kProbeRows * kProbeExperts * capacity);  // far below the forbidden form
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 
 #include "core/error.h"
 #include "core/layer_tables.h"
-#include "model_fixture.h"
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
