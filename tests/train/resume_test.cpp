@@ -119,9 +119,11 @@ Experiment experiment_for(const RouterEntry& router, const std::vector<std::stri
   return is_for_decoders(router) ? decoder_with(router, set) : tiny_classifier("patches", router.name, set);
 }
 
+// No model gives a router segments.
 std::vector<std::string> router_names() {
   std::vector<std::string> names;
-  for (const RouterEntry& router : Registry<RouterEntry>::instance().all()) names.push_back(router.name);
+  for (const RouterEntry& router : Registry<RouterEntry>::instance().all())
+    if (!router.facts.needs_segments) names.push_back(router.name);
   return names;
 }
 
