@@ -117,6 +117,6 @@ TEST_CASE("attention_head: moh divides the gates of a row by their sum, unless t
     return head_outcome(*attention, in, {}).values[0];
   };
   const Tensor as_told = output("\"none\"", "normalise = false\n");
-  CHECK(relative_error(output("\"none\"", ""), output("\"before_drop\"", "normalise = false\n")) < 1e-12);
+  CHECK(relative_error(output("\"none\"", ""), output("\"before_drop\"", "normalise = false\n")) < 1e-8);  // its guard is 1e-9
   CHECK(relative_error(output("\"none\"", ""), as_told) > 1e-3);
 }

@@ -266,7 +266,8 @@ TEST_CASE("places that do not fit are refused where they are written") {
   expect(with_adapters("targets = \"ffn, dense\""), "ffn adapts dense.w_gate already");
   expect(with_adapters("targets = \"ffn, attention.q\"\ndecision = \"layer\""), "one decision serves linear maps alone");
   expect(with_adapters("targets = \"head\""), "'head' names no linear map of a block");
-  expect(with_adapters("name = \"ffn\""), "experts 'ffn' stand in for a feed-forward layer: describe them in [moe]");
+  expect(kPlacesModel + "[adapters.expert]\nname = \"ffn\"\n",
+         "experts 'ffn' stand in for a feed-forward layer: describe them in [moe]");
   expect("[model]\nwidth = 8\n[moe.expert]\nname = \"lora\"\n",
          "experts 'lora' are laid on the linear maps of dense blocks: describe them in [adapters]");
   expect("[model]\nwidth = 8\n[moe.expert]\nname = \"attention_head\"\n", "describe them in [attention]");
