@@ -137,7 +137,7 @@ c10::intrusive_ptr<MergeJob> merge_job(const MergePlan& plan, const ExpertBank& 
   return job;
 }
 
-// On the graph: for plans whose copies may all stay.
+// On the graph: for plans whose copies may all stay, and banks that make them in a way of their own.
 Tensor merged_directly(const MergeJob& job, const Tensor& alpha_GE, const ExpertBank& bank, const Tensor& rows_TD) {
   std::vector<Tensor> outputs;
   for (int64_t i = 0; i < job.groups(); ++i)
@@ -153,7 +153,9 @@ Tensor execute_merge(const MergePlan& plan, const ExpertBank& bank, const Execut
   const Tensor rows_TD = input.x_TD.index_select(0, order_T.to(input.x_TD.device()));
   const auto job = merge_job(plan, bank, input.x_TD.device().type());
   const Tensor back_T = order_T.argsort().to(rows_TD.device());
-  if (job->groups() <= kCopies) return merged_directly(*job, plan.alpha_GE, bank, rows_TD).index_select(0, back_T);
+  const auto* own = dynamic_cast<const OwnMerge*>(&bank);
+  if (job->groups() <= kCopies || (own != nullptr && own->merges_its_own_way()))
+    return merged_directly(*job, plan.alpha_GE, bank, rows_TD).index_select(0, back_T);
   if (bank.groups().size() != 1) bank.merge(plan.alpha_GE.select(0, 0));  // refuses, with the reason
   std::vector<Tensor> stacked;
   for (const NamedTensor& entry : bank.groups().front().stacked) stacked.push_back(entry.tensor);

@@ -13,6 +13,7 @@
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/searchsorted.h>
+#include <ATen/ops/zeros.h>
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -72,8 +73,13 @@ Tensor reference_sparse(const SparsePlan& plan, const ExpertBank& bank, const Ex
                   input.x_TD, &plan, input);
 }
 
+// [0, output width], on the graph of the input.
+Tensor no_rows(const ExpertBank& bank, const ExecuteInput& input) {
+  return input.x_TD.matmul(at::zeros({input.x_TD.size(1), bank.output_width(0)}, input.x_TD.options().requires_grad(false)));
+}
+
 Tensor reference_merge(const MergePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
-  if (input.x_TD.size(0) == 0) return input.x_TD.mul(0);  // there may be no group to run
+  if (input.x_TD.size(0) == 0) return no_rows(bank, input);  // there may be no group to run
   const Tensor identity_TT = at::eye(input.x_TD.size(0), input.x_TD.options());
   return evaluate({.read_TJ = identity_TT, .group_J = plan.group_of_token_T, .mixture_GE = plan.alpha_GE,
                    .write_TJ = identity_TT}, bank, input.x_TD, nullptr, input);
@@ -86,7 +92,7 @@ Tensor soft_sequence(const SoftPlan& plan, const SoftMatrices& matrices, const E
 }
 
 Tensor reference_soft(const SoftPlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
-  if (input.x_TD.size(0) == 0) return input.x_TD.mul(0);
+  if (input.x_TD.size(0) == 0) return no_rows(bank, input);  // nor a sequence
   std::vector<Tensor> outputs, rows;
   for (int64_t b = 0; b < plan.sequences; ++b) {
     const SoftMatrices matrices = soft_matrices(plan, b);

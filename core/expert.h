@@ -163,6 +163,7 @@ struct ExpertEntry {
   std::function<std::vector<Options>(const ExpertSpec&)> per_expert = {};
   std::function<std::unique_ptr<ExpertBank>(ExpertSpec)> make;
   ExpertPlace place = ExpertPlace::kFeedForward;
+  bool recomputes = false;  // its forward() reads ExpertContext::recompute, where `execution` is "auto"
   std::function<std::shared_ptr<RoutedAttention>(const AttentionPlace&)> make_attention = {};  // of kAttention
   std::source_location where = std::source_location::current();
 };

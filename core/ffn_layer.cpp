@@ -147,7 +147,7 @@ struct FfnFunction : torch::autograd::Function<FfnFunction> {
     size_t edge = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].defined() || !ctx.needs_input_grad(++edge) || i == 1) continue;
-      grads[i] = i == 0 ? at::empty(inputs[0].sizes(), inputs[0].options())
+      grads[i] = i == 0 ? at::zeros(inputs[0].sizes(), inputs[0].options())
                         : gradient_like(inputs[i], first[(i - kRowInputs) / kGroupInputs], rows.offsets_E1);
     }
     out.gate_N = grads[0];

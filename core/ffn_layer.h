@@ -31,10 +31,18 @@ struct FfnRows {
   Tensor x_TD;
   Tensor token_N = {};  // int64, the row of x that pair n reads and adds to; undefined: pair n is row n
   Tensor gate_N = {};   // undefined: 1; needs token_N
-  Tensor offsets_E1;    // int64 on the CPU, over all experts of all groups
+  Tensor offsets_E1;    // int64 on the CPU, over all experts, those of no group included
 };
 
-// [rows of x, D]. CPU; float, double, bfloat16 (sums over experts in float). Rows without a pair get 0. Inside autocast it runs
+// A bank of feed-forward experts of one width. Parts of one activation in a bank of several run as groups of one layer.
+class FfnPart {
+ public:
+  virtual ~FfnPart() = default;
+  virtual FfnActivation ffn_activation() const = 0;
+  virtual FfnGroup ffn_group() const = 0;  // of all its experts, from slot 0 on; handles of the parameters
+};
+
+// [rows of x, D]. Pairs of experts that are in no group are left out, and their gates' gradients are 0. CPU; float, double, bfloat16 (sums over experts in float). Rows without a pair get 0. Inside autocast it runs
 // in autocast's dtype. Experts without rows get zero gradients. Second derivatives are refused.
 Tensor ffn_layer(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows, bool recompute);
 

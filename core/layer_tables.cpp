@@ -70,6 +70,17 @@ std::shared_ptr<ExpertBank> sample_bank(std::vector<ExpertPart> uniform, ExpertS
   return make_mixed_experts(uniform, spec);
 }
 
+// The kinds of the layer's experts, "'a', 'b'", where none of them reads `recompute`; else "".
+std::string kinds_that_keep_nothing(const LayerSettings& settings) {
+  std::string kinds;
+  for (const ExpertPart& part : parts_of(settings)) {
+    const std::string quoted = "'" + part.name + "'";
+    if (Registry<ExpertEntry>::instance().find(part.name).recomputes) return "";
+    if (kinds.find(quoted) == std::string::npos) kinds += (kinds.empty() ? "" : ", ") + quoted;
+  }
+  return kinds;
+}
+
 // The kind that shared experts are of, and its option for the width.
 const OptionSpec& shared_width_option(const LayerSettings& settings) {
   const OptionSpec* width = find_option(Registry<ExpertEntry>::instance().find(settings.expert).options, "width");
@@ -153,6 +164,24 @@ void read_experts(const Table& moe, ExpertSpec spec, LayerSettings& settings, co
   };
   if (settings.place != ExpertPlace::kLinears) refuse_unfit_plans(table, "name", settings, facts, sample);  // else not known yet
   read_shared(moe.child("shared"), settings);
+}
+
+void refuse_unread_execution(const Table& moe, const LayerSettings& settings, const RouterFacts& facts) {
+  const bool merges = facts.plan_in(Mode::kTrain) == PlanForm::kMerge && facts.plan_in(Mode::kEval) == PlanForm::kMerge;
+  const std::string word = execution_words().at(static_cast<size_t>(settings.execution));
+  const bool plain = settings.execution == Execution::kAuto || settings.execution == Execution::kReference;
+  if (!plain && merges)
+    moe.fail("execution", fmt::format("execution = \"{}\" is not read: router '{}' mixes experts, and a mixed expert has its rows "
+                                      "to itself; use \"auto\" or \"reference\"", word, settings.router));
+  if (!settings.recompute) return;
+  if (settings.execution != Execution::kAuto)
+    moe.fail("recompute", fmt::format("recompute = true is not read with execution = \"{}\"; use \"auto\"", word));
+  if (const std::string kinds = kinds_that_keep_nothing(settings); !kinds.empty())
+    moe.fail("recompute", fmt::format("recompute = true is not read: experts {} keep no pre-activations that could be made again; "
+                                      "remove it", kinds));
+  if (merges)
+    moe.fail("recompute", fmt::format("recompute = true is not read: router '{}' mixes experts, and mixed experts are made again "
+                                      "anyway; remove it", settings.router));
 }
 
 std::vector<ExpertPart> routed_parts(const LayerSettings& settings) {

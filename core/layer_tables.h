@@ -54,14 +54,8 @@ std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm for
 void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings, const RouterFacts& facts,
                         const std::function<std::shared_ptr<ExpertBank>()>& sample);
 
-// Why experts at this place cannot carry out plans of this form, in one line; "" = they can. Sparse plans of experts that stand
-// in for no feed-forward layer are their module's to carry out, stage by stage.
-std::string refused_plan(ExpertPlace place, const ExpertBank& bank, PlanForm form);
-
-// Complains at `key` of `table` where the experts cannot carry out the router's plans. `sample` makes one or a few experts to
-// ask, and is called only where the router makes other plans than sparse ones.
-void refuse_unfit_plans(const Table& table, const std::string& key, const LayerSettings& settings,
-                        const std::function<std::shared_ptr<ExpertBank>()>& sample);
+// Refuses `execution` and `recompute` where nothing would read them. `settings` is complete but for the losses.
+void refuse_unread_execution(const Table& moe, const LayerSettings& settings, const RouterFacts& facts);
 
 std::vector<ExpertPart> routed_parts(const LayerSettings& settings);  // uniform ones
 std::shared_ptr<ExpertBank> routed_bank(const LayerSettings& settings);

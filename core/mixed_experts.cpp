@@ -1,13 +1,16 @@
 // Banks of several parts: unequal widths and mixed kinds. Every part is a bank of one registered kind with one group; the whole
-// hands each its rows, and names experts by their global ids.
+// hands each its rows, and names experts by their global ids. A layer of a sparse plan is the sum of its parts' layers; those of
+// feed-forward experts of one activation are the groups of a single one.
 #include "core/error.h"
-#include "core/expert.h"
+#include "core/execute.h"
+#include "core/ffn_layer.h"
 
 #include <ATen/ops/cat.h>
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 
 namespace moelab {
@@ -44,6 +47,14 @@ class MixedBank : public ExpertBank {
     return at::cat(outputs);
   }
 
+  Tensor forward_layer(const ExpertContext& context) const override {
+    std::vector<Tensor> outputs = together(context);
+    for (size_t p = 0; p < parts_.size(); ++p)
+      if (!feed_forward(p, context)) outputs.push_back(part_layer(p, context));
+    return std::accumulate(outputs.begin() + 1, outputs.end(), outputs.front(),
+                           [](const Tensor& a, const Tensor& b) { return a.add(b); });
+  }
+
   Tensor forward_expert(int64_t expert, const std::vector<Tensor>& parameters, const Tensor& rows_ND) const override {
     const size_t p = part_of(expert);
     return parts_[p]->forward_expert(expert - groups_[p].first, parameters, rows_ND);
@@ -65,6 +76,54 @@ class MixedBank : public ExpertBank {
   }
 
  private:
+  // Null where the part has no such group, or not where the rows are.
+  const FfnPart* feed_forward(size_t part, const ExpertContext& context) const {
+    return context.input_TD.is_cpu() ? dynamic_cast<const FfnPart*>(parts_[part].get()) : nullptr;
+  }
+
+  // One output per activation.
+  std::vector<Tensor> together(const ExpertContext& context) const {
+    std::map<FfnActivation, std::vector<FfnGroup>> groups;
+    for (size_t p = 0; p < parts_.size(); ++p)
+      if (const FfnPart* part = feed_forward(p, context)) {
+        groups[part->ffn_activation()].push_back(part->ffn_group());
+        groups[part->ffn_activation()].back().first = groups_[p].first;
+      }
+    std::vector<Tensor> outputs;
+    for (const auto& [activation, of_one] : groups)
+      outputs.push_back(ffn_layer(activation, of_one,
+                                  {.x_TD = context.input_TD, .token_N = context.plan->token_N, .gate_N = context.plan->gate_N,
+                                   .offsets_E1 = context.offsets_E1}, context.recompute));
+    return outputs;
+  }
+
+  // The pairs of one part, with its experts and pairs numbered from 0.
+  SparsePlan plan_of(size_t part, const SparsePlan& whole) const {
+    const int64_t first = groups_[part].first, experts = groups_[part].experts;
+    const auto* offset = whole.offsets_E1.const_data_ptr<int64_t>();
+    const int64_t begin = offset[first], pairs = offset[first + experts] - begin;
+    SparsePlan own;
+    own.rows = whole.rows;
+    own.experts = experts;
+    own.token_N = whole.token_N.narrow(0, begin, pairs);
+    own.expert_N = whole.expert_N.narrow(0, begin, pairs).sub(first);
+    own.gate_N = whole.gate_N.narrow(0, begin, pairs);
+    own.offsets_E1 = whole.offsets_E1.narrow(0, first, experts + 1).sub(begin);
+    const Tensor slot_TK = whole.slot_TK.sub(begin);
+    own.slot_TK = slot_TK.masked_fill(slot_TK.lt(0).logical_or(slot_TK.ge(pairs)), -1);
+    return own;
+  }
+
+  Tensor part_layer(size_t part, const ExpertContext& context) const {
+    const SparsePlan plan = plan_of(part, *context.plan);
+    ExpertContext own = context;
+    own.plan = &plan;
+    own.offsets_E1 = plan.offsets_E1;
+    if (Tensor y_TD = parts_[part]->forward_layer(own); y_TD.defined()) return y_TD;
+    own.rows_ND = dispatch_rows(context.input_TD, plan);
+    return combine_rows(parts_[part]->forward(own, 0), plan);
+  }
+
   size_t part_of(int64_t expert) const {
     check_invariant(expert >= 0 && expert < experts(), fmt::format("expert {} of a bank of {}", expert, experts()));
     size_t part = parts_.size() - 1;

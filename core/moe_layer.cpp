@@ -207,15 +207,6 @@ RouterSpec read_router(const Table& moe, const RouterEntry& entry, RouterSpec sp
   return spec;
 }
 
-// Linear maps have no pre-activations to make again.
-void refuse_unread_recompute(const Table& moe, const LayerSettings& settings) {
-  if (settings.recompute && settings.place != ExpertPlace::kFeedForward)
-    moe.fail("recompute",
-             fmt::format("experts '{}' keep no pre-activations that could be made again; [train] recompute = true makes "
-                         "whole blocks again",
-                         settings.expert));
-}
-
 // What is dropped is drawn per row of the layer, which only the experts' own way through a sparse plan knows. One decision for
 // several maps has no other way.
 void refuse_unread_dropout(const Table& expert, const LayerSettings& settings, const RouterFacts& facts) {
@@ -267,7 +258,7 @@ LayerSettings read_layer(const Table& root, int64_t width, int64_t layer, int64_
   read_experts(moe, std::move(expert), settings, facts, default_expert(table));
   settings.execution = execution_of(options.text("execution"));
   settings.recompute = options.flag("recompute");
-  refuse_unread_recompute(moe, settings);
+  refuse_unread_execution(moe, settings, facts);
   refuse_unread_dropout(moe.child("expert"), settings, facts);
   settings.losses = read_losses(root, options, entry, facts);
   return settings;

@@ -59,7 +59,7 @@ Json facts_json(const RouterEntry& entry) {
 
 Json facts_json(const ExpertEntry& entry) {
   const auto bank = make_experts(entry.name, default_expert_spec(entry, 8, 2));
-  return {{"stages", bank->stages()}, {"merges", bank->has_forward_with()}};
+  return {{"stages", bank->stages()}, {"merges", bank->has_forward_with()}, {"recomputes", entry.recomputes}};
 }
 
 Json facts_json(const LossEntry& entry) {

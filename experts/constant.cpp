@@ -12,6 +12,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
 
 #include <cmath>
 
@@ -38,6 +39,25 @@ class ConstantBank : public ExpertBank {
     const Tensor mix_N2 = grouped_linear(context.rows_ND, w_mix_E2D_, {}, context.offsets_E1);
     const Tensor rows_E = context.offsets_E1.diff().to(v_ED_.device());
     return constant_blend(mix_N2, v_ED_.repeat_interleave(rows_E, 0, context.rows_ND.size(0)), context.rows_ND);
+  }
+
+  // The same without a row per pair: each row's weights on itself and on the vectors are summed first. As many products of a row
+  // as there are experts, two numbers long each, cost less than the copies.
+  Tensor forward_layer(const ExpertContext& context) const override {
+    const SparsePlan& plan = *context.plan;
+    const Tensor& x_TD = context.input_TD;
+    const int64_t experts = v_ED_.size(0);
+    const Tensor place_N = plan.token_N.mul(experts).add(plan.expert_N);
+    const Tensor mix_TE2 = at::linear(x_TD, w_mix_E2D_.flatten(0, 1)).view({-1, experts, 2});
+    const Tensor more_TE = mix_TE2.select(2, 0).sub(mix_TE2.select(2, 1));  // a softmax of two is the sigmoid of the difference
+    const Tensor more_N = more_TE.flatten().gather(0, place_N).to(plan.gate_N.scalar_type());
+    const auto summed = [&](int64_t count, const Tensor& at_N, const Tensor& values_N) {
+      return at::zeros({count}, values_N.options().requires_grad(false)).index_add(0, at_N, values_N);
+    };
+    const Tensor row_T = summed(plan.rows, plan.token_N, plan.gate_N.mul(more_N.sigmoid()));
+    const Tensor vector_TE = summed(plan.rows * experts, place_N, plan.gate_N.mul(more_N.neg().sigmoid())).view({-1, experts});
+    const Tensor vectors_TD = vector_TE.to(v_ED_.scalar_type()).matmul(v_ED_);
+    return x_TD.mul(row_T.to(x_TD.scalar_type()).unsqueeze(1)).add(vectors_TD);
   }
 
   Tensor forward_with(const std::vector<Tensor>& parameters, const Tensor& rows_ND) const override {

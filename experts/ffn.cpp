@@ -32,7 +32,7 @@
 namespace moelab {
 namespace {
 
-FfnActivation ffn_activation(const std::string& name) {
+FfnActivation ffn_activation_named(const std::string& name) {
   if (name == "gelu") return FfnActivation::kGelu;
   if (name == "gelu_tanh") return FfnActivation::kGeluTanh;
   if (name == "swiglu") return FfnActivation::kSwiglu;
@@ -56,10 +56,10 @@ struct FfnMap {
   double scale = 1;
 };
 
-class FfnBank : public ExpertBank {
+class FfnBank : public ExpertBank, public FfnPart {
  public:
   explicit FfnBank(const ExpertSpec& spec)
-      : activation_(ffn_activation(spec.options.text("activation"))), bias_(spec.options.flag("bias")), width_(spec.width),
+      : activation_(ffn_activation_named(spec.options.text("activation"))), bias_(spec.options.flag("bias")), width_(spec.width),
         hidden_(hidden_width(spec.options.integer("width"), spec.width)), first_(spec.first) {
     groups_.push_back({.first = 0, .experts = spec.experts, .stacked = {}});
     if (gated()) {
@@ -75,7 +75,7 @@ class FfnBank : public ExpertBank {
 
   Tensor forward(const ExpertContext& context, int) const override {
     if (fused(context.rows_ND))
-      return ffn_layer(activation_, {fused_group()}, {.x_TD = context.rows_ND, .offsets_E1 = context.offsets_E1},
+      return ffn_layer(activation_, {ffn_group()}, {.x_TD = context.rows_ND, .offsets_E1 = context.offsets_E1},
                        context.recompute);
     return chain(context.rows_ND, [&](size_t map, const Tensor& rows) {
       return grouped_linear(rows, maps_[map].weight_EOI, maps_[map].bias_EO, context.offsets_E1);
@@ -84,7 +84,7 @@ class FfnBank : public ExpertBank {
 
   Tensor forward_layer(const ExpertContext& context) const override {
     if (!fused(context.input_TD)) return {};
-    return ffn_layer(activation_, {fused_group()},
+    return ffn_layer(activation_, {ffn_group()},
                      {.x_TD = context.input_TD, .token_N = context.plan->token_N, .gate_N = context.plan->gate_N,
                       .offsets_E1 = context.offsets_E1}, context.recompute);
   }
@@ -97,6 +97,14 @@ class FfnBank : public ExpertBank {
     });
   }
   bool has_forward_with() const override { return true; }
+
+  FfnActivation ffn_activation() const override { return activation_; }
+  FfnGroup ffn_group() const override {
+    const FfnMap &in = maps_.front(), &out = maps_.back();
+    FfnGroup group{.in_EFD = in.weight_EOI, .out_EDF = out.weight_EOI, .in_bias_EF = in.bias_EO, .out_bias_ED = out.bias_EO};
+    if (gated()) group.up_EFD = maps_[1].weight_EOI, group.up_bias_EF = maps_[1].bias_EO;
+    return group;
+  }
 
   int64_t output_width(int) const override { return width_; }
 
@@ -116,13 +124,6 @@ class FfnBank : public ExpertBank {
 
  private:
   static bool fused(const Tensor& rows) { return rows.is_cpu() && grouped_product() == GroupedProduct::kAuto; }
-
-  FfnGroup fused_group() const {
-    const FfnMap &in = maps_.front(), &out = maps_.back();
-    FfnGroup group{.in_EFD = in.weight_EOI, .out_EDF = out.weight_EOI, .in_bias_EF = in.bias_EO, .out_bias_ED = out.bias_EO};
-    if (gated()) group.up_EFD = maps_[1].weight_EOI, group.up_bias_EF = maps_[1].bias_EO;
-    return group;
-  }
 
   bool gated() const { return activation_ == FfnActivation::kSwiglu; }
 
@@ -194,6 +195,7 @@ const Registration<ExpertEntry> registration{{
     .refuses = ffn_refusal,
     .per_expert = ffn_widths,
     .make = [](ExpertSpec spec) { return std::make_unique<FfnBank>(spec); },
+    .recomputes = true,
 }};
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "core/expert.h"
 
 #include <ATen/ops/clone.h>
+#include <ATen/ops/zeros.h>
 
 namespace moelab {
 namespace {
@@ -22,6 +23,14 @@ class IdentityBank : public ExpertBank {
   }
 
   Tensor forward(const ExpertContext& context, int) const override { return context.rows_ND.clone(); }
+
+  // A row times the sum of its gates: no row is copied.
+  Tensor forward_layer(const ExpertContext& context) const override {
+    const SparsePlan& plan = *context.plan;
+    const Tensor none_T = at::zeros({plan.rows}, plan.gate_N.options().requires_grad(false));
+    const Tensor weight_T = none_T.index_add(0, plan.token_N, plan.gate_N);
+    return context.input_TD.mul(weight_T.to(context.input_TD.scalar_type()).unsqueeze(1));
+  }
 
   Tensor forward_with(const std::vector<Tensor>&, const Tensor& rows_ND) const override { return rows_ND.clone(); }
   bool has_forward_with() const override { return true; }

@@ -22,6 +22,7 @@
 // per row and map, the same for all experts.
 #include "core/adapters.h"
 #include "core/error.h"
+#include "core/execute_merge.h"
 #include "core/feed_forward.h"
 #include "core/grouped.h"
 
@@ -68,7 +69,7 @@ std::shared_ptr<ExpertBank> lora_feed_forward_base(const ExpertSpec& spec) {
   return base;
 }
 
-class LoraBank : public AdapterBank {
+class LoraBank : public AdapterBank, public OwnMerge {
  public:
   explicit LoraBank(const ExpertSpec& spec)
       : scale_(lora_scale(spec.options)),
@@ -110,6 +111,7 @@ class LoraBank : public AdapterBank {
     return form_ ? added(rows_ND, low) : low(0, rows_ND);
   }
 
+  bool merges_its_own_way() const override { return products_; }
   std::vector<Tensor> merge(const Tensor& alpha_E) const override {
     if (!products_) return ExpertBank::merge(alpha_E);
     std::vector<Tensor> factors;
@@ -295,6 +297,7 @@ const Registration<ExpertEntry> registration_lora{{
              .one_of({"relu", "gelu", "gelu_tanh", "swiglu"}),
          option("width", 0, "of the base in `route`: hidden width, 0 = 4·D; of a linear base its outputs, 0 = D").at_least(0),
          option("bias", false, "of the base in `route`: a bias after every linear map")},
+    .verified_with = {{{"targets", std::string("linear")}}},
     .make = [](ExpertSpec spec) { return std::make_unique<LoraBank>(spec); },
     .place = ExpertPlace::kLinears,
 }};

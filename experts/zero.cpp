@@ -23,6 +23,11 @@ class ZeroBank : public ExpertBank {
 
   Tensor forward(const ExpertContext& context, int) const override { return at::zeros_like(context.rows_ND); }
 
+  // One zero for all rows, on the graph of the gates: their gradients are zero, not missing.
+  Tensor forward_layer(const ExpertContext& context) const override {
+    return context.plan->gate_N.sum().mul(0).to(context.input_TD.scalar_type()).expand_as(context.input_TD);
+  }
+
   Tensor forward_with(const std::vector<Tensor>&, const Tensor& rows_ND) const override { return at::zeros_like(rows_ND); }
   bool has_forward_with() const override { return true; }
 

@@ -1,10 +1,9 @@
-// The sparse executor against numbers worked by hand, finite differences, and itself on two threads. (executors_test.cpp holds
-// every executor to the reference.)
+// The sparse executor against numbers worked by hand and finite differences. (sweep_test.cpp holds every executor to the reference,
+// threads_test.cpp one thread to several.)
 #include "core/execute.h"
 #include "../support/sparse_cases.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <catch2/catch_test_macros.hpp>
 
@@ -46,24 +45,6 @@ TEST_CASE("one row worked by hand: two ReLU experts, one gate each") {
   const Tensor y = execute(plan, *bank, {.x_TD = at::tensor({4.0, -2.0}, at::kDouble).view({2, 1})});
   CHECK(y[0].item<double>() == 0.25 * 3 * 8);   // the second expert's ReLU is shut
   CHECK(y[1].item<double>() == 0.75 * 5 * 2);
-}
-
-TEST_CASE("one and two threads give the same bits, forward and backward") {
-  std::mt19937_64 draw(7);
-  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
-    const SparseCase at_hand = random_sparse_case(draw, 2048, 8, 3, 0.1, dtype);
-    const Tensor x_TD = random_leaf(draw, {2048, 96}, dtype), grad_y_TD = random_leaf(draw, {2048, 96}, dtype, false);
-    const auto moved = [&](int threads) {
-      at::set_num_threads(threads);
-      x_TD.mutable_grad() = Tensor(), at_hand.gate_TK.mutable_grad() = Tensor();
-      const Tensor y_TD = combine_rows(dispatch_rows(x_TD, at_hand.plan), at_hand.plan);
-      y_TD.backward(grad_y_TD, true);
-      return std::vector<Tensor>{y_TD, x_TD.grad(), at_hand.gate_TK.grad()};
-    };
-    const auto one = moved(1), two = moved(2);
-    at::set_num_threads(1);
-    for (size_t i = 0; i < one.size(); ++i) CHECK(at::equal(one[i], two[i]));
-  }
 }
 
 TEST_CASE("bfloat16 rows are summed in float") {

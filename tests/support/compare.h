@@ -1,4 +1,4 @@
-// The one measure of equality (design: max|a−b| / max(max|b|, 1e-30)). Other shapes are infinitely far apart.
+// The one measure of equality (design: max|a−b| / max(max|b|, 1e-30)). Other shapes, and NaN, are infinitely far apart.
 #pragma once
 
 #include "core/tensor.h"
