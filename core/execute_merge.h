@@ -5,8 +5,8 @@
 
 namespace moelab {
 
-// A bank whose merge() is not the mean of its stacked parameters also derives from this, and says when: its mixtures are then made
-// by merge() alone.
+// A bank whose merge() is not the mean of its stacked parameters also derives from this, and says when: its mixtures are then
+// made by merge() alone.
 class OwnMerge {
  public:
   virtual ~OwnMerge() = default;

@@ -124,7 +124,10 @@ struct FillSlots : torch::autograd::Function<FillSlots> {
     for_logit_blocks(saved[0], saved[1], saved[2], kept_noise(ctx), [&](int64_t first, int64_t rows, Tensor& logits_BS) {
       const Tensor weight_BS = logits_BS.sub_(level_S).exp_();
       grad_x_MD.narrow(0, first, rows).copy_(weight_BS.mm(grad_SD));
-      out.add(first, x_MD.narrow(0, first, rows).to(grad_SD.scalar_type()).mm(grad_SD.t()).sub_(constant_S).mul_(weight_BS));
+      Tensor grad_BS = x_MD.narrow(0, first, rows).to(grad_SD.scalar_type()).mm(grad_SD.t());
+      // Where one row has nearly all of a slot's weight the two cancel: of a single block the sum is made of the very same terms.
+      const Tensor mean_S = rows == x_MD.size(0) ? grad_BS.mul(weight_BS).sum(0) : constant_S;
+      out.add(first, grad_BS.sub_(mean_S).mul_(weight_BS));
     });
     if (x_MD.size(0) == 1) out.clear();  // one row fills every slot whatever the logits; rounding says otherwise
     variable_list all = out.in_order();

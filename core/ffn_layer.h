@@ -42,8 +42,9 @@ class FfnPart {
   virtual FfnGroup ffn_group() const = 0;  // of all its experts, from slot 0 on; handles of the parameters
 };
 
-// [rows of x, D]. Pairs of experts that are in no group are left out, and their gates' gradients are 0. CPU; float, double, bfloat16 (sums over experts in float). Rows without a pair get 0. Inside autocast it runs
-// in autocast's dtype. Experts without rows get zero gradients. Second derivatives are refused.
+// [rows of x, D]. Pairs of experts that are in no group are left out, and their gates' gradients are 0. Rows without a pair get
+// 0. CPU; float, double, bfloat16 (sums over experts in float). Inside autocast it runs in autocast's dtype. Experts without rows
+// get zero gradients. Second derivatives are refused.
 Tensor ffn_layer(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows, bool recompute);
 
 }  // namespace moelab

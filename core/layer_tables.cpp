@@ -171,14 +171,14 @@ void refuse_unread_execution(const Table& moe, const LayerSettings& settings, co
   const std::string word = execution_words().at(static_cast<size_t>(settings.execution));
   const bool plain = settings.execution == Execution::kAuto || settings.execution == Execution::kReference;
   if (!plain && merges)
-    moe.fail("execution", fmt::format("execution = \"{}\" is not read: router '{}' mixes experts, and a mixed expert has its rows "
-                                      "to itself; use \"auto\" or \"reference\"", word, settings.router));
+    moe.fail("execution", fmt::format("execution = \"{}\" is not read: router '{}' mixes experts, and a mixed expert has its "
+                                      "rows to itself; use \"auto\" or \"reference\"", word, settings.router));
   if (!settings.recompute) return;
   if (settings.execution != Execution::kAuto)
     moe.fail("recompute", fmt::format("recompute = true is not read with execution = \"{}\"; use \"auto\"", word));
   if (const std::string kinds = kinds_that_keep_nothing(settings); !kinds.empty())
-    moe.fail("recompute", fmt::format("recompute = true is not read: experts {} keep no pre-activations that could be made again; "
-                                      "remove it", kinds));
+    moe.fail("recompute", fmt::format("recompute = true is not read: experts {} keep no pre-activations that could be made "
+                                      "again; remove it", kinds));
   if (merges)
     moe.fail("recompute", fmt::format("recompute = true is not read: router '{}' mixes experts, and mixed experts are made again "
                                       "anyway; remove it", settings.router));

@@ -19,7 +19,7 @@ struct Bounded {
 
 // y, then the gradients of ⟨y, grad_y⟩: of the plan's leaves (gates [T,K] are not made, but the plan's gate_N is; key, scale,
 // query; alpha), of the bank's parameters (w, b of each map in their order, stacked), of x. Float64 rows, weights and leaves that
-// bfloat16 (rows, weights) and float (leaves) hold exactly; plans without noise. `activation` as [moe.expert] names it; biases on.
+// bfloat16 (rows, weights) and float (leaves) hold exactly; no noise in plans; biases on. `activation` as [moe.expert] names it.
 std::vector<Bounded> bfloat_bounds(const Plan& plan, const ExpertBank& bank, const std::string& activation, const Tensor& x_TD,
                                    const Tensor& grad_y_TD);
 

@@ -30,7 +30,8 @@ std::string with_experts(const std::string& name) { return "[moe.expert]\nname =
 TEST_CASE("recompute is taken where feed-forward experts run by themselves or beside others") {
   CHECK(complaint_of("[moe]\nrecompute = true\n").empty());
   CHECK(complaint_of("[moe]\nrecompute = true\n" + kSoft).empty());
-  CHECK(complaint_of("[moe]\nexperts = 2\nrecompute = true\n[[moe.expert.group]]\nname = \"zero\"\n[[moe.expert.group]]\n").empty());
+  CHECK(complaint_of("[moe]\nexperts = 2\nrecompute = true\n[[moe.expert.group]]\nname = \"zero\"\n[[moe.expert.group]]\n")
+            .empty());
   CHECK(complaint_of("[moe]\nrecompute = false\nexecution = \"loop\"\n" + with_experts("conv")).empty());
 }
 
@@ -40,15 +41,17 @@ TEST_CASE("recompute is refused where no experts read it, and with any execution
           "exp.toml:2:1: recompute = true is not read: experts '" + std::string(kind) +
               "' keep no pre-activations that could be made again; remove it");
   const std::string two = "[moe]\nexperts = 2\nrecompute = true\n[[moe.expert.group]]\nname = \"zero\"\n";
-  CHECK(complaint_of(two + "[[moe.expert.group]]\nname = \"identity\"\n") ==
-        "exp.toml:3:1: recompute = true is not read: experts 'zero', 'identity' keep no pre-activations that could be made again; "
-        "remove it");
+  CHECK(
+      complaint_of(two + "[[moe.expert.group]]\nname = \"identity\"\n") ==
+      "exp.toml:3:1: recompute = true is not read: experts 'zero', 'identity' keep no pre-activations that could be made again; "
+      "remove it");
   for (const char* word : {"loop", "grouped", "bmm", "reference"})
     CHECK(complaint_of("[moe]\nexecution = \"" + std::string(word) + "\"\nrecompute = true\n") ==
           "exp.toml:3:1: recompute = true is not read with execution = \"" + std::string(word) + "\"; use \"auto\"");
-  CHECK(complaint_of("[moe]\nrecompute = true\n" + kMerging) ==
-        "exp.toml:2:1: recompute = true is not read: router 'smear' mixes experts, and mixed experts are made again anyway; remove "
-        "it");
+  CHECK(
+      complaint_of("[moe]\nrecompute = true\n" + kMerging) ==
+      "exp.toml:2:1: recompute = true is not read: router 'smear' mixes experts, and mixed experts are made again anyway; remove "
+      "it");
 }
 
 TEST_CASE("a product is refused where experts are mixed: each mixed expert is a product of its own") {

@@ -1,5 +1,5 @@
-// The sparse executor against numbers worked by hand and finite differences. (sweep_test.cpp holds every executor to the reference,
-// threads_test.cpp one thread to several.)
+// The sparse executor against numbers worked by hand and finite differences. (sweep_test.cpp holds every executor to the
+// reference, threads_test.cpp one thread to several.)
 #include "core/execute.h"
 #include "../support/sparse_cases.h"
 
