@@ -25,6 +25,20 @@ endfunction()
 _moelab_import(torch_cpu)
 _moelab_import(c10)
 
+# Two OpenMP runtimes in one process would each keep threads of their own: the wheel's libgomp where there is one, else the
+# compiler's, which a LibTorch without a bundled one loads too.
+if(NOT TARGET moelab_torch::openmp)
+  if(EXISTS "${TORCH_DIR}/lib/libgomp.so.1")
+    add_library(moelab_torch::openmp SHARED IMPORTED GLOBAL)
+    set_target_properties(moelab_torch::openmp PROPERTIES
+      IMPORTED_LOCATION "${TORCH_DIR}/lib/libgomp.so.1" IMPORTED_NO_SONAME FALSE)
+  else()
+    find_package(OpenMP REQUIRED COMPONENTS CXX)
+    add_library(moelab_torch::openmp INTERFACE IMPORTED GLOBAL)
+    target_link_libraries(moelab_torch::openmp INTERFACE ${OpenMP_gomp_LIBRARY})
+  endif()
+endif()
+
 if(NOT TARGET moelab_torch::torch)
   add_library(moelab_torch::torch INTERFACE IMPORTED GLOBAL)
   target_include_directories(moelab_torch::torch SYSTEM INTERFACE

@@ -2,10 +2,10 @@
 // same bits; nothing is added atomically.
 #include "core/error.h"
 #include "core/execute.h"
+#include "core/parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_add.h>
@@ -29,10 +29,9 @@ constexpr int64_t kElementsPerTask = 1 << 15;  // below this a second thread cos
 
 template <class Body>
 void for_rows(int64_t rows, int64_t columns, Body body) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t row = begin; row < end; ++row) body(row);
-                   });
+  parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) body(row);
+  });
 }
 
 // Eight running sums: the order is fixed, and the processor need not wait for one addition to start the next.

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "core/gemm.h"
-
-#include <ATen/Parallel.h>
+#include "core/parallel.h"
 
 #include <atomic>
 #include <cstdint>
@@ -30,7 +29,7 @@ class BlockTurns {
 template <class Body>
 void for_ordered_blocks(int64_t blocks, int64_t threads, Body body) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const OneThreadProducts one_thread;
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t block = next++; block < blocks; block = next++) body(block, thread);

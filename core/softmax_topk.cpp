@@ -1,10 +1,10 @@
 // Softmax and top-k of each row in one pass: the row's logits are read once, and its probabilities are still in the cache when
 // the largest are sought.
 #include "core/error.h"
+#include "core/parallel.h"
 #include "core/row_loops.h"
 #include "core/select.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -21,7 +21,7 @@ using torch::autograd::variable_list;
 template <class Body>
 void for_blocks(int64_t rows, int64_t columns, Body body) {
   constexpr int64_t kElementsPerTask = 1 << 14;
-  at::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns)), body);
+  parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns)), body);
 }
 
 template <class Scalar>
