@@ -1,5 +1,6 @@
 #include "core/ffn_engine.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>

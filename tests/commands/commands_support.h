@@ -13,7 +13,7 @@
 namespace moelab::test {
 
 inline ProgramResult moelab_in(const std::string& folder, const std::vector<std::string>& arguments) {
-  return run_program(MOELAB_PROGRAM, arguments, folder);
+  return run_moelab(arguments, folder);
 }
 
 inline ProgramResult moelab_run(const std::vector<std::string>& arguments) { return moelab_in("", arguments); }

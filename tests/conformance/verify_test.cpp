@@ -168,8 +168,8 @@ TEST_CASE("the variants are the defaults, then each other choice alone") {
 }
 
 TEST_CASE("verify --json is one array of findings, and the program knows no mutant") {
-  const test::ProgramResult result = test::run_program(
-      MOELAB_PROGRAM, {"verify", "--all", "--json", "--property", "ties", "--property", "non_finite"});
+  const test::ProgramResult result = test::run_moelab(
+      {"verify", "--all", "--json", "--property", "ties", "--property", "non_finite"});
   REQUIRE(result.code == 0);
   const nlohmann::json findings = nlohmann::json::parse(result.out);
   std::set<std::string> names;
@@ -189,7 +189,7 @@ TEST_CASE("verify refuses unknown names, unknown properties, and to verify nothi
   const std::string kNothingNamed =
       "moelab: verify: name routers or experts, or say --all (every router), --experts (every expert) or both\n";
   const auto refusal = [](const std::vector<std::string>& arguments) {
-    const test::ProgramResult result = test::run_program(MOELAB_PROGRAM, arguments);
+    const test::ProgramResult result = test::run_moelab(arguments);
     CHECK(result.code == 2);
     CHECK(result.out.empty());
     return result.err;

@@ -77,24 +77,19 @@ TEST_CASE("what a body throws on another thread reaches the caller") {
                   std::out_of_range);
 }
 
-TEST_CASE("ordered blocks are each done once, by several threads, and a block sees those that it waits for") {
+TEST_CASE("ordered blocks are each done once, and a block sees those that it waits for") {
   const WithThreads with(3);
   constexpr int64_t kBlocks = 200;
   std::vector<int64_t> done(kBlocks, 0);  // done[b] = 1 + done[b-1], written once block b-1 has finished
   std::vector<int64_t> times(kBlocks, 0);
   BlockTurns turns(kBlocks);
-  std::mutex mutex;
-  std::set<std::thread::id> threads;
   for_ordered_blocks(kBlocks, 3, [&](int64_t block, int64_t) {
     ++times[static_cast<size_t>(block)];
     std::this_thread::yield();
     turns.wait_for(block - 1);
     done[static_cast<size_t>(block)] = block == 0 ? 1 : done[static_cast<size_t>(block - 1)] + 1;
     turns.finish(block);
-    const std::lock_guard<std::mutex> lock(mutex);
-    threads.insert(std::this_thread::get_id());
   });
   CHECK(times == std::vector<int64_t>(kBlocks, 1));
   CHECK(done.back() == kBlocks);
-  CHECK(threads.size() > 1);
 }

@@ -4,16 +4,17 @@
 
 #include "core/io/files.h"
 #include "core/io/safetensors.h"
+#include "tests/support/program.h"
 
 #include <ATen/ops/empty.h>
 #include <catch2/catch_test_macros.hpp>
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
+#include <iterator>
 #include <set>
-#include <sys/wait.h>
+#include <sstream>
 #include <unistd.h>
 
 namespace moelab::testing {
@@ -250,12 +251,13 @@ RouteRun RouteFolder::run(const std::string& arguments) const {
 }
 
 RouteRun RouteFolder::run_bare(const std::string& arguments) const {
-  const std::string command = fmt::format("cd '{}' && '{}' route {} >stdout.txt 2>stderr.txt", path_, MOELAB_PROGRAM, arguments);
-  const int status = std::system(command.c_str());
+  std::istringstream words("route " + arguments);
+  const test::ProgramResult ended = test::run_moelab(
+      {std::istream_iterator<std::string>(words), std::istream_iterator<std::string>()}, path_);
   RouteRun run;
-  run.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  run.out = read_file(file("stdout.txt"));
-  run.err = read_file(file("stderr.txt"));
+  run.code = ended.code;
+  run.out = ended.out;
+  run.err = ended.err;
   run.wrote = std::filesystem::exists(file("out.safetensors"));
   if (!run.wrote) return run;
   for (NamedTensor& named : read_safetensors(file("out.safetensors")).tensors) run.tensors[named.name] = named.tensor;

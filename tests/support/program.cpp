@@ -1,11 +1,15 @@
 #include "tests/support/program.h"
 
+#include "experiments/cli.h"
+
 #include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
+#include <functional>
 #include <fstream>
 #include <iterator>
 
@@ -20,29 +24,48 @@ bool child_redirect(const char* path, int flags, int descriptor) {
   return file >= 0 && dup2(file, descriptor) == descriptor;
 }
 
-// In the child: only calls that are safe between fork and exec.
-[[noreturn]] void become_program(const std::vector<char*>& argv, const char* folder, const char* out, const char* err) {
-  if (*folder != '\0' && chdir(folder) != 0) _exit(126);
-  constexpr int kNew = O_WRONLY | O_CREAT | O_TRUNC;
-  if (!child_redirect(out, kNew, 1) || !child_redirect(err, kNew, 2) || !child_redirect("/dev/null", O_RDONLY, 0)) _exit(126);
-  execv(argv[0], argv.data());
-  _exit(127);
+std::vector<char*> pointers_to(const std::string& first, const std::vector<std::string>& others) {
+  std::vector<char*> argv{const_cast<char*>(first.c_str())};
+  for (const std::string& other : others) argv.push_back(const_cast<char*>(other.c_str()));
+  argv.push_back(nullptr);
+  return argv;
+}
+
+// `body` in a child, in `folder`, with its output in files; `body` gives the exit status.
+ProgramResult run_child(const std::string& folder, const std::function<int()>& body) {
+  const ScratchFolder scratch;
+  const std::string out = scratch / "out", err = scratch / "err";
+  std::fflush(nullptr);  // else the child would write our pending output once more
+  const pid_t child = fork();
+  if (child == 0) {
+    constexpr int kNew = O_WRONLY | O_CREAT | O_TRUNC;
+    if (!folder.empty() && chdir(folder.c_str()) != 0) _exit(126);
+    if (!child_redirect(out.c_str(), kNew, 1) || !child_redirect(err.c_str(), kNew, 2)) _exit(126);
+    if (!child_redirect("/dev/null", O_RDONLY, 0)) _exit(126);
+    _exit(body());
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), text_of(out), text_of(err)};
 }
 
 }  // namespace
 
 ProgramResult run_program(const std::string& program, const std::vector<std::string>& arguments, const std::string& folder) {
-  const ScratchFolder scratch;
-  const std::string out = scratch / "out", err = scratch / "err";
-  std::vector<char*> argv{const_cast<char*>(program.c_str())};
-  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
-  argv.push_back(nullptr);
-  std::fflush(nullptr);  // else the child would write our pending output once more
-  const pid_t child = fork();
-  if (child == 0) become_program(argv, folder.c_str(), out.c_str(), err.c_str());
-  int status = 0;
-  waitpid(child, &status, 0);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), text_of(out), text_of(err)};
+  const std::vector<char*> argv = pointers_to(program, arguments);
+  return run_child(folder, [&] { return execv(argv[0], argv.data()) == 0 ? 0 : 127; });
+}
+
+ProgramResult run_moelab(const std::vector<std::string>& arguments, const std::string& folder) {
+  const std::string name = "moelab";
+  std::vector<char*> argv = pointers_to(name, arguments);
+  return run_child(folder, [&] {
+    // The test framework's handlers would report in the child's name.
+    for (const int number : {SIGINT, SIGTERM, SIGILL, SIGFPE, SIGSEGV, SIGABRT}) std::signal(number, SIG_DFL);
+    const int code = moelab::run_program(static_cast<int>(arguments.size()) + 1, argv.data());
+    std::fflush(nullptr);
+    return code;
+  });
 }
 
 ScratchFolder::ScratchFolder() {

@@ -1,4 +1,4 @@
-// Runs the real program, as a user would.
+// Runs the program and its commands, as a user would.
 #pragma once
 
 #include <filesystem>
@@ -13,8 +13,12 @@ struct ProgramResult {
   std::string err;
 };
 
-// MOELAB_PROGRAM with these arguments, in `folder` ("" = the current one).
+// A program with these arguments, in `folder` ("" = the current one).
 ProgramResult run_program(const std::string& program, const std::vector<std::string>& arguments, const std::string& folder = "");
+
+// moelab with these arguments: its command line from the first word to the exit status, in a child that has the library loaded
+// already. A started program would spend half a second on that, which is most of what the tests of the commands would take.
+ProgramResult run_moelab(const std::vector<std::string>& arguments, const std::string& folder = "");
 
 // A folder that goes away.
 class ScratchFolder {

@@ -137,7 +137,7 @@ TEST_CASE("bad experiments end with one line at the place of the fault, and no r
     folder.put("exp.toml", "extends = \"good.toml\"\n" + bad.text);
     std::vector<std::string> arguments{"run", file, "--out", "runs/bad"};
     for (const std::string& set : bad.set) arguments.insert(arguments.end(), {"--set", set});
-    const ProgramResult result = run_program(MOELAB_PROGRAM, arguments, folder.path());
+    const ProgramResult result = run_moelab(arguments, folder.path());
     CAPTURE(bad.text, bad.line, result.err);
     CHECK(result.code == bad.code);
     CHECK(result.out.empty());
@@ -180,7 +180,7 @@ TEST_CASE("what is missing or cannot be written is named, and nothing is created
   setenv("XDG_CACHE_HOME", (folder / "empty").c_str(), 1);
   setenv("MOELAB_CACHE", (folder / "empty").c_str(), 1);
   for (const MissingInput& missing : missing_inputs()) {
-    const ProgramResult result = run_program(MOELAB_PROGRAM, missing.arguments, folder.path());
+    const ProgramResult result = run_moelab(missing.arguments, folder.path());
     CAPTURE(missing.arguments, result.err);
     CHECK(result.code == missing.code);
     CHECK(is_one_line(result.err));
@@ -211,7 +211,7 @@ TEST_CASE("where the disk takes no more, the file is named and no part of a chec
         "resume run`\n");
   for (const std::string& file : folder.files()) CHECK(file.find("ckpt") == std::string::npos);
   CHECK(text_of(folder / "run/STATUS").starts_with("failed: cannot write 'run/ckpt/"));
-  CHECK(run_program(MOELAB_PROGRAM, {"resume", "run", "--quiet"}, folder.path()).code == 0);
+  CHECK(run_moelab({"resume", "run", "--quiet"}, folder.path()).code == 0);
 }
 
 TEST_CASE("a batch that memory cannot hold is refused at its place") {
@@ -231,7 +231,7 @@ TEST_CASE("a batch that memory cannot hold is refused at its place") {
 TEST_CASE("tables with other numbers of experts pool their layers apart") {
   const ScratchFolder folder;
   folder.put("good.toml", kGoodInput + "[attention]\nexperts = 6\n[[loss]]\nname = \"balance\"\nlayers = \"pooled\"\n");
-  const ProgramResult result = run_program(MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet"}, folder.path());
+  const ProgramResult result = run_moelab({"run", "good.toml", "--out", "run", "--quiet"}, folder.path());
   CAPTURE(result.err);
   CHECK(result.code == 0);
 }
@@ -240,8 +240,8 @@ TEST_CASE("what a later file or --set leaves unread is dropped, and the resolved
   const ScratchFolder folder;
   folder.put("base.toml", kGoodInput + "[moe.capacity]\nmode = \"factor\"\nfactor = 1.5\n[optimizer]\nbeta1 = 0.8\n");
   folder.put("exp.toml", "extends = \"base.toml\"\n[moe.capacity]\nmode = \"none\"\n");
-  const ProgramResult run = run_program(
-      MOELAB_PROGRAM, {"run", "exp.toml", "--out", "run", "--quiet", "--set", "optimizer.name=sgd"}, folder.path());
+  const ProgramResult run = run_moelab({"run", "exp.toml", "--out", "run", "--quiet", "--set", "optimizer.name=sgd"},
+                                       folder.path());
   CAPTURE(run.err);
   CHECK(run.code == 0);
   CHECK(run.err.find("base.toml:23:1: 'factor' is not read with mode = \"none\"; ") != std::string::npos);
@@ -249,16 +249,16 @@ TEST_CASE("what a later file or --set leaves unread is dropped, and the resolved
   CHECK(resolved.find("mode = \"none\"") != std::string::npos);
   CHECK(resolved.find("factor") == std::string::npos);
   CHECK(resolved.find("beta1") == std::string::npos);
-  CHECK(run_program(MOELAB_PROGRAM, {"resume", "run", "--quiet"}, folder.path()).code == 0);
+  CHECK(run_moelab({"resume", "run", "--quiet"}, folder.path()).code == 0);
 }
 
 TEST_CASE("a run that was stopped before its first checkpoint says so") {
   const ScratchFolder folder;
   folder.put("good.toml", kGoodInput);
-  REQUIRE(run_program(MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet"}, folder.path()).code == 0);
+  REQUIRE(run_moelab({"run", "good.toml", "--out", "run", "--quiet"}, folder.path()).code == 0);
   std::filesystem::remove_all(folder / "run/ckpt");
   for (const std::vector<std::string>& command : {std::vector<std::string>{"eval", "run"}, {"ckpt", "inspect", "run"}}) {
-    const ProgramResult result = run_program(MOELAB_PROGRAM, command, folder.path());
+    const ProgramResult result = run_moelab(command, folder.path());
     CHECK(result.code == 5);
     CHECK(result.err == "moelab: run has no checkpoint yet: it was stopped before the first; go on with `moelab resume run`\n");
   }
@@ -274,11 +274,11 @@ void damage(const std::string& file) {
 TEST_CASE("a damaged checkpoint is skipped with a word, and a run without a good one is refused") {
   const ScratchFolder folder;
   folder.put("good.toml", kGoodInput);
-  REQUIRE(run_program(MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet"}, folder.path()).code == 0);
+  REQUIRE(run_moelab({"run", "good.toml", "--out", "run", "--quiet"}, folder.path()).code == 0);
   const auto whole = checkpoint_files(folder / "run");
   const auto metrics = timeless_metrics(folder / "run");
   damage(folder / "run/ckpt/step-4/model.safetensors");
-  const ProgramResult fallen_back = run_program(MOELAB_PROGRAM, {"resume", "run", "--quiet"}, folder.path());
+  const ProgramResult fallen_back = run_moelab({"resume", "run", "--quiet"}, folder.path());
   CAPTURE(fallen_back.err);
   CHECK(fallen_back.code == 0);
   CHECK(is_one_line(fallen_back.err));
@@ -286,7 +286,7 @@ TEST_CASE("a damaged checkpoint is skipped with a word, and a run without a good
   CHECK(checkpoint_files(folder / "run") == whole);
   CHECK(timeless_metrics(folder / "run") == metrics);
   for (const char* step : {"3", "4"}) damage(folder / ("run/ckpt/step-" + std::string(step) + "/optimizer.safetensors"));
-  const ProgramResult refused = run_program(MOELAB_PROGRAM, {"resume", "run", "--quiet"}, folder.path());
+  const ProgramResult refused = run_moelab({"resume", "run", "--quiet"}, folder.path());
   CAPTURE(refused.err);
   CHECK(refused.code == 5);
   CHECK(is_one_line(refused.err));
@@ -297,9 +297,8 @@ TEST_CASE("a damaged checkpoint is skipped with a word, and a run without a good
 TEST_CASE("training that diverges ends with 3, with the layer and the step, and says so in STATUS") {
   const ScratchFolder folder;
   folder.put("good.toml", kGoodInput);
-  const ProgramResult result = run_program(
-      MOELAB_PROGRAM, {"run", "good.toml", "--out", "run", "--quiet", "--set", "optimizer.lr=1e38", "--set", "train.clip_norm=0"},
-      folder.path());
+  const ProgramResult result = run_moelab(
+      {"run", "good.toml", "--out", "run", "--quiet", "--set", "optimizer.lr=1e38", "--set", "train.clip_norm=0"}, folder.path());
   CAPTURE(result.err);
   CHECK(result.code == 3);
   CHECK(is_one_line(result.err));

@@ -58,7 +58,7 @@ struct KilledRun {
 
 const KilledRun& undisturbed() {
   static const KilledRun run;
-  static const int code = run_program(MOELAB_PROGRAM, run.start()).code;
+  static const int code = run_moelab(run.start()).code;
   REQUIRE(code == 0);
   return run;
 }
@@ -74,7 +74,7 @@ TEST_CASE("the lines of evaluations, and what eval prints, hold the routing loss
   const std::vector<std::string> lines = timeless_metrics(undisturbed().run);
   const nlohmann::json last = nlohmann::json::parse(lines.back());
   REQUIRE(last.at("final") == true);
-  const ProgramResult found = run_program(MOELAB_PROGRAM, {"eval", undisturbed().run, "--json"});
+  const ProgramResult found = run_moelab({"eval", undisturbed().run, "--json"});
   const nlohmann::json printed = nlohmann::json::parse(found.out);
   for (const char* name : {"eval.layer.1.loss.importance", "eval.layer.1.loss.load", "eval.layer.1.loss.load.weighted"})
     CHECK(printed.at(name) == last.at("m").at(name));
@@ -89,7 +89,7 @@ void check_as_undisturbed(const KilledRun& killed) {
 
 TEST_CASE("the same run twice leaves the same checkpoints, metrics and summary, byte for byte") {
   const KilledRun again;
-  REQUIRE(run_program(MOELAB_PROGRAM, again.start()).code == 0);
+  REQUIRE(run_moelab(again.start()).code == 0);
   check_as_undisturbed(again);
 }
 
@@ -100,11 +100,11 @@ TEST_CASE("kill -9 at ten points of two runs, each resumed again and again, chan
   std::uniform_int_distribution<int> delay(0, 8000);
   for (const int64_t line : lines)
     killed.killed_at(line == lines[0] ? killed.start() : killed.go_on(), line, std::chrono::microseconds(delay(draw)));
-  const ProgramResult resumed = run_program(MOELAB_PROGRAM, killed.go_on());
+  const ProgramResult resumed = run_moelab(killed.go_on());
   CAPTURE(resumed.err);
   REQUIRE(resumed.code == 0);
   check_as_undisturbed(killed);
-  REQUIRE(run_program(MOELAB_PROGRAM, killed.go_on()).code == 0);  // a finished run may be resumed too
+  REQUIRE(run_moelab(killed.go_on()).code == 0);  // a finished run may be resumed too
   check_as_undisturbed(killed);
 }
 
@@ -116,16 +116,16 @@ TEST_CASE("killed before its first checkpoint, a run starts again") {
     program.end_with(SIGKILL);
   }
   std::filesystem::remove_all(killed.run + "/ckpt");
-  REQUIRE(run_program(MOELAB_PROGRAM, killed.go_on()).code == 0);
+  REQUIRE(run_moelab(killed.go_on()).code == 0);
   check_as_undisturbed(killed);
 }
 
 TEST_CASE("killed after its last checkpoint was in place, a run still has the older ones to remove") {
   const KilledRun killed;
-  REQUIRE(run_program(MOELAB_PROGRAM, killed.start()).code == 0);
+  REQUIRE(run_moelab(killed.start()).code == 0);
   std::filesystem::copy(killed.run + "/ckpt/step-27", killed.run + "/ckpt/step-24");
   std::filesystem::copy(killed.run + "/ckpt/step-27", killed.run + "/ckpt/step-21.tmp");
-  REQUIRE(run_program(MOELAB_PROGRAM, killed.go_on()).code == 0);
+  REQUIRE(run_moelab(killed.go_on()).code == 0);
   check_as_undisturbed(killed);
 }
 
@@ -141,7 +141,7 @@ TEST_CASE("SIGTERM and SIGINT finish the step, save, say so, and the run goes on
   const nlohmann::json summary = nlohmann::json::parse(text_of(stopped.run + "/summary.json"));
   CHECK(summary.at("eval.loss").is_null());
   CHECK(std::filesystem::exists(stopped.run + "/ckpt/step-" + summary.at("step").dump()));
-  REQUIRE(run_program(MOELAB_PROGRAM, stopped.go_on()).code == 0);
+  REQUIRE(run_moelab(stopped.go_on()).code == 0);
   const std::vector<double> seconds = seconds_of_records(stopped.run);
   CHECK(std::is_sorted(seconds.begin(), seconds.end()));  // of all sessions
   CHECK(nlohmann::json::parse(text_of(stopped.run + "/summary.json")).at("seconds").get<double>() >= seconds.back());
@@ -162,11 +162,11 @@ TEST_CASE("a second signal stops at once, a second process is refused, and so is
   StartedProgram program(endless);
   REQUIRE(program.wait_until([&] { return std::filesystem::exists(busy.run + "/metrics.jsonl"); }));
 
-  const ProgramResult resumed = run_program(MOELAB_PROGRAM, busy.go_on());
+  const ProgramResult resumed = run_moelab(busy.go_on());
   CHECK(resumed.code == 2);
   CHECK(resumed.err ==
         "moelab: '" + busy.run + "' is in use by process " + std::to_string(program.id()) + ": wait until it ends, or stop it\n");
-  const ProgramResult again = run_program(MOELAB_PROGRAM, busy.start());
+  const ProgramResult again = run_moelab(busy.start());
   CHECK(again.code == 2);
   CHECK(again.err == "moelab: " + busy.run + " holds a run already: use `moelab resume " + busy.run +
                          "`, or choose another folder with --out\n");

@@ -66,23 +66,23 @@ TEST_CASE("a run with lory's prompts says what it scored, and eval and check say
   const std::vector<std::string> lory{"--set", "moe.router.name=lory", "--set", "moe.router.eval=prompt"};
   std::vector<std::string> arguments{"run", config, "--out", run};
   arguments.insert(arguments.end(), lory.begin(), lory.end());
-  const ProgramResult trained = run_program(MOELAB_PROGRAM, arguments);
+  const ProgramResult trained = run_moelab(arguments);
   REQUIRE(trained.code == 0);
   const auto summary = nlohmann::json::parse(text_of(run + "/summary.json"));
   CHECK(summary.at("eval.prompt") == 5);
   CHECK(summary.at("eval.tokens") == 4 * (8 - 5 + 1));
   CHECK(names(trained.out, "16 tokens after prompts of 5 tokens"));
   CHECK(names(trained.err, "16 tokens after prompts of 5\n"));
-  const ProgramResult evaluated = run_program(MOELAB_PROGRAM, {"eval", run, "--json"});
+  const ProgramResult evaluated = run_moelab({"eval", run, "--json"});
   const auto again = nlohmann::json::parse(evaluated.out);
   for (const char* key : {"eval.prompt", "eval.tokens", "eval.loss"}) CHECK(again.at(key) == summary.at(key));
   arguments = {"check", config, "--json"};
   arguments.insert(arguments.end(), lory.begin(), lory.end());
-  const auto checked = nlohmann::json::parse(run_program(MOELAB_PROGRAM, arguments).out);
+  const auto checked = nlohmann::json::parse(run_moelab(arguments).out);
   CHECK(checked.at("layers")[0].at("eval").at("causal") == true);
   CHECK(names(checked.at("layers")[0].at("eval").at("reason"), "the prompt of 5 tokens decides"));
-  const ProgramResult refused = run_program(MOELAB_PROGRAM, {"run", config, "--set", "moe.router.name=lory", "--set",
-                                                             "moe.router.eval=prompt", "--set", "eval.prompt=0"});
+  const ProgramResult refused = run_moelab(
+      {"run", config, "--set", "moe.router.name=lory", "--set", "moe.router.eval=prompt", "--set", "eval.prompt=0"});
   CHECK(refused.code == 2);
   CHECK(names(refused.err, "set [eval] prompt = N"));
 }

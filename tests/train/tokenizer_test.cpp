@@ -48,9 +48,7 @@ struct PieceFolder {
   std::string run = folder / "run";
 
   Experiment experiment(std::vector<std::string> set = {}) const { return load_experiment(load_config(config, set)); }
-  ProgramResult program(const std::vector<std::string>& arguments) const {
-    return run_program(MOELAB_PROGRAM, arguments, folder.path());
-  }
+  ProgramResult program(const std::vector<std::string>& arguments) const { return run_moelab(arguments, folder.path()); }
   ProgramResult trained(const std::string& to, std::vector<std::string> more = {}) const {
     more.insert(more.begin(), {"run", config, "--quiet", "--out", to});
     return program(more);
