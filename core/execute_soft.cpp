@@ -122,8 +122,8 @@ struct FillSlots : torch::autograd::Function<FillSlots> {
     LogitGradients out{saved[0], saved[1], saved[2]};
     Tensor grad_x_MD = at::empty(x_MD.sizes(), x_MD.options());
     for_logit_blocks(saved[0], saved[1], saved[2], kept_noise(ctx), [&](int64_t first, int64_t rows, Tensor& logits_BS) {
-      // Where one row has nearly all of a slot's weight, ∂L is a small difference: in a single block weights that sum to one, and a
-      // mean made of the very terms that it is taken from, keep it exact.
+      // Where one row has nearly all of a slot's weight, ∂L is a small difference: in a single block weights that sum to one,
+      // and a mean made of the very terms that it is taken from, keep it exact.
       const bool all = rows == x_MD.size(0);
       const Tensor weight_BS = all ? logits_BS.softmax(0) : logits_BS.sub_(level_S).exp_();
       grad_x_MD.narrow(0, first, rows).copy_(weight_BS.mm(grad_SD));
