@@ -4,6 +4,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -39,50 +40,72 @@ void list_pairs(const Tensor& choice_TK, const Tensor& marked_TK, Tensor& token_
       if (marked[i]) *token++ = t, *expert++ = choice[i];
 }
 
-// offsets[e] = kept pairs of the experts before e.
-std::vector<int64_t> kept_offsets(const int64_t* choice, const bool* kept, int64_t pairs, int64_t experts) {
-  std::vector<int64_t> offsets(experts + 1, 0);
-  for (int64_t i = 0; i < pairs; ++i)
-    if (kept[i]) ++offsets[choice[i] + 1];
+// offsets_E1 of the kept pairs. A pair without a choice is not kept, and adds nothing to the entry before the first expert's.
+Tensor kept_offsets(const Tensor& choice_TK, const Tensor& kept_TK, int64_t experts) {
+  Tensor offsets_E1 = at::zeros({experts + 1}, kInt64);
+  const auto* choice = choice_TK.const_data_ptr<int64_t>();
+  const auto* kept = kept_TK.const_data_ptr<bool>();
+  auto* offsets = offsets_E1.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < choice_TK.numel(); ++i) offsets[choice[i] + 1] += kept[i];
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
-  return offsets;
+  return offsets_E1;
 }
 
-// gate_N[slot] = gate_TK where there is a slot: each pair is written once, forward and backward.
-struct PlacedGates : torch::autograd::Function<PlacedGates> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate_TK, const Tensor& slot_TK, int64_t pairs) {
-    ctx->save_for_backward({slot_TK});
-    Tensor gate_N = at::empty({pairs}, gate_TK.options());
-    move_gates(slot_TK, gate_TK, [&](auto& inside, auto& placed) { placed = inside; }, gate_N);
+// token_N, slot_TK and, beside them, the gates: every pair is read and written once.
+template <class Gate>
+void place_pairs(const Tensor& choice_TK, const Tensor& kept_TK, const Gate* gate, SparsePlan& plan, Gate* placed) {
+  const int64_t rows = choice_TK.size(0), k = choice_TK.size(1);
+  const auto* choice = choice_TK.const_data_ptr<int64_t>();
+  const auto* kept = kept_TK.const_data_ptr<bool>();
+  const auto* offsets = plan.offsets_E1.const_data_ptr<int64_t>();
+  std::vector<int64_t> next(offsets, offsets + plan.experts);
+  auto* token = plan.token_N.mutable_data_ptr<int64_t>();
+  auto* slot = plan.slot_TK.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0, i = 0; t < rows; ++t)
+    for (const int64_t end = i + k; i < end; ++i) {
+      if (!kept[i]) {
+        slot[i] = -1;
+        continue;
+      }
+      const int64_t n = slot[i] = next[choice[i]]++;
+      token[n] = t;
+      placed[n] = gate[i];
+    }
+}
+
+// gate_N = gate_TK where there is a slot; fills the plan's tokens and slots on the way.
+struct PlacedPairs : torch::autograd::Function<PlacedPairs> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate_TK, const Tensor& choice_TK,
+                        const Tensor& kept_TK, SparsePlan* plan) {
+    Tensor gate_N = at::empty(plan->token_N.sizes(), gate_TK.options());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate_N.scalar_type(), "place_pairs", [&] {
+      place_pairs(choice_TK, kept_TK, gate_TK.const_data_ptr<scalar_t>(), *plan, gate_N.mutable_data_ptr<scalar_t>());
+    });
+    ctx->save_for_backward({plan->slot_TK});
     return gate_N;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
     if (at::GradMode::is_enabled()) usage_error("plan: second derivatives are not supported; use create_graph = false");
-    const Tensor slot_TK = ctx->get_saved_variables()[0];
-    Tensor grad_TK = at::zeros(slot_TK.sizes(), grads[0].options()), grad_N = grads[0].contiguous();
-    move_gates(slot_TK, grad_TK, [&](auto& inside, auto& placed) { inside = placed; }, grad_N);
-    return {grad_TK, Tensor(), Tensor()};
-  }
-
- private:
-  // move(element of [T,K], its element of [N]) for every pair.
-  template <class Move>
-  static void move_gates(const Tensor& slot_TK, const Tensor& inside_TK, Move move, Tensor& placed_N) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, placed_N.scalar_type(), "move_gates", [&] {
-      const int64_t* slot = slot_TK.const_data_ptr<int64_t>();
-      scalar_t *inside = inside_TK.mutable_data_ptr<scalar_t>(), *placed = placed_N.mutable_data_ptr<scalar_t>();
-      for (int64_t i = 0; i < slot_TK.numel(); ++i)
-        if (slot[i] >= 0) move(inside[i], placed[slot[i]]);
+    const Tensor slot_TK = ctx->get_saved_variables()[0], grad_N = grads[0].contiguous();
+    Tensor grad_TK = at::empty(slot_TK.sizes(), grad_N.options());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, grad_N.scalar_type(), "placed_pairs_backward", [&] {
+      const auto* slot = slot_TK.const_data_ptr<int64_t>();
+      const auto* placed = grad_N.const_data_ptr<scalar_t>();
+      auto* inside = grad_TK.mutable_data_ptr<scalar_t>();
+      for (int64_t i = 0; i < slot_TK.numel(); ++i) inside[i] = slot[i] >= 0 ? placed[slot[i]] : scalar_t(0);
     });
+    return {grad_TK, Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor placed_gates(const Tensor& gate_TK, const Tensor& slot_TK, int64_t pairs) {
-  if (gate_TK.is_cpu()) return PlacedGates::apply(gate_TK.contiguous(), slot_TK, pairs);
-  const Tensor slot = slot_TK.flatten(), kept_N = slot.ge(0).nonzero().squeeze(1),
-      order_N = slot.index_select(0, kept_N).argsort();
-  return gate_TK.reshape({-1}).index_select(0, kept_N.index_select(0, order_N).to(gate_TK.device()));
+// The decision is made on the CPU; gates may live elsewhere.
+Tensor placed_gates(const Tensor& choice_TK, const Tensor& kept_TK, const Tensor& gate_TK, SparsePlan& plan) {
+  if (gate_TK.is_cpu()) return PlacedPairs::apply(gate_TK.contiguous(), choice_TK, kept_TK, &plan);
+  const Tensor place_TK = at::arange(choice_TK.numel(), kInt64).view(choice_TK.sizes());
+  Tensor order_N = at::empty(plan.token_N.sizes(), kInt64);
+  place_pairs(choice_TK, kept_TK, place_TK.const_data_ptr<int64_t>(), plan, order_N.mutable_data_ptr<int64_t>());
+  return gate_TK.reshape({-1}).index_select(0, order_N.to(gate_TK.device()));
 }
 
 void validate_sparse(const SparsePlan& plan, int64_t rows, int64_t experts) {
@@ -157,31 +180,17 @@ void validate(const Plan& plan, int64_t rows, int64_t experts) {
 
 SparsePlan make_sparse_plan(const Assignment& assignment, const Tensor& gate_TK, int64_t experts) {
   const Tensor choice_TK = assignment.choice_TK.contiguous(), kept_TK = assignment.kept_TK.contiguous();
-  const int64_t rows = choice_TK.size(0), k = choice_TK.size(1);
-  const auto* choice = choice_TK.const_data_ptr<int64_t>();
-  const auto* kept = kept_TK.const_data_ptr<bool>();
-  std::vector<int64_t> next = kept_offsets(choice, kept, rows * k, experts);
-  const int64_t pairs = next[experts];
-
   SparsePlan plan;
-  plan.rows = rows;
+  plan.rows = choice_TK.size(0);
   plan.experts = experts;
-  plan.offsets_E1 = at::empty({experts + 1}, kInt64);
-  std::copy(next.begin(), next.end(), plan.offsets_E1.mutable_data_ptr<int64_t>());
-  plan.token_N = at::empty({pairs}, kInt64);
-  plan.expert_N = at::empty({pairs}, kInt64);
-  plan.slot_TK = at::empty({rows, k}, kInt64);
-  auto* token = plan.token_N.mutable_data_ptr<int64_t>();
+  plan.offsets_E1 = kept_offsets(choice_TK, kept_TK, experts);
+  const auto* offsets = plan.offsets_E1.const_data_ptr<int64_t>();
+  plan.token_N = at::empty({offsets[experts]}, kInt64);
+  plan.expert_N = at::empty({offsets[experts]}, kInt64);
+  plan.slot_TK = at::empty(choice_TK.sizes(), kInt64);
   auto* expert = plan.expert_N.mutable_data_ptr<int64_t>();
-  auto* slot = plan.slot_TK.mutable_data_ptr<int64_t>();
-  for (int64_t t = 0, i = 0; t < rows; ++t)
-    for (const int64_t end = i + k; i < end; ++i) {
-      slot[i] = -1;
-      if (!kept[i]) continue;
-      token[slot[i] = next[choice[i]]++] = t;
-    }
-  for (int64_t e = 0, first = 0; e < experts; first = next[e++]) std::fill(expert + first, expert + next[e], e);
-  plan.gate_N = placed_gates(gate_TK, plan.slot_TK, pairs);
+  for (int64_t e = 0; e < experts; ++e) std::fill(expert + offsets[e], expert + offsets[e + 1], e);
+  plan.gate_N = placed_gates(choice_TK, kept_TK, gate_TK, plan);
   list_pairs(choice_TK, assignment.dropped_TK.contiguous(), plan.dropped_token_M, plan.dropped_expert_M);
   return plan;
 }

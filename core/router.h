@@ -125,6 +125,7 @@ struct RouterFacts {
   bool noisy_in_training = false;  // draws random numbers in training with its default options
   bool random_in_eval = false;
   bool stateful = false;           // end_step() moves buffers
+  bool changes_experts = false;    // adds and removes experts while it trains: active_experts_E() moves
   bool variable_k = false;
   bool capacity_is_choice = false; // experts choose rows: [moe.capacity] says how many, whatever its mode
   bool needs_token_ids = false;

@@ -34,6 +34,7 @@ Json facts_json(const RouterEntry& entry) {
           {"noisy_in_training", f.noisy_in_training},
           {"random_in_eval", f.random_in_eval},
           {"stateful", f.stateful},
+          {"changes_experts", f.changes_experts},
           {"variable_k", f.variable_k},
           {"needs_token_ids", f.needs_token_ids},
           {"needs_segments", f.needs_segments},

@@ -172,6 +172,7 @@ std::vector<std::string> router_facts_in_words(const Json& facts) {
       {"noisy_in_training", true, "draws noise in training"},
       {"random_in_eval", true, "draws random numbers in evaluation too"},
       {"stateful", true, "moves buffers between steps"},
+      {"changes_experts", true, "adds and removes experts"},
       {"variable_k", true, "the number of experts varies from row to row"},
       {"needs_token_ids", true, "needs token ids"},
       {"needs_segments", true, "needs segments"},

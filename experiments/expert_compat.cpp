@@ -18,17 +18,27 @@ namespace {
 struct Wish {
   const char* label;
   bool (*holds)(const RouterFacts&);
+  std::map<std::string, OptionValue> options = {};  // where the router declares them
+  bool drops = false;
 };
 
 bool as_in_training(const RouterFacts& f) { return f.in_evaluation == InEvaluation::kAsInTraining; }
 
+bool plainly_sparse(const RouterFacts& f) { return f.plan == PlanForm::kSparse && !f.variable_k && as_in_training(f); }
+
+const std::map<std::string, OptionValue> kEveryStep{
+    {"window_start", int64_t{0}}, {"window_update", int64_t{1}}, {"window_period", int64_t{1}}};
+
 const Wish kWishes[] = {
-    {"k experts per row", [](const RouterFacts& f) { return f.plan == PlanForm::kSparse && !f.variable_k && as_in_training(f); }},
+    {"k experts per row", plainly_sparse},
+    {"a capacity that drops", plainly_sparse, {}, /*drops=*/true},
     {"a varying number",
      [](const RouterFacts& f) { return f.plan == PlanForm::kSparse && f.variable_k && !f.capacity_is_choice; }},
     {"experts choose rows", [](const RouterFacts& f) { return f.capacity_is_choice; }},
     {"soft plan", [](const RouterFacts& f) { return f.plan == PlanForm::kSoft; }},
     {"merge plan", [](const RouterFacts& f) { return f.plan == PlanForm::kMerge; }},
+    {"experts that come and go", [](const RouterFacts& f) { return f.changes_experts; }, kEveryStep},
+    {"several passes", [](const RouterFacts& f) { return f.passes > 1; }},
     {"all experts in evaluation", [](const RouterFacts& f) { return f.in_evaluation == InEvaluation::kAllExperts; }},
     {"averaged experts in evaluation", [](const RouterFacts& f) { return f.in_evaluation == InEvaluation::kMergedExperts; }},
 };
@@ -57,7 +67,11 @@ std::optional<CompatFact> plainest_router(const Wish& wish) {
       const RouterFacts facts = kit_router(entry, variant, {})->facts();
       const int64_t own = demands(facts, variant);
       if (!wish.holds(facts) || (best && own >= fewest)) continue;
-      best = CompatFact{wish.label, entry.name, variant.options, facts.plan_in(Mode::kTrain), facts.plan_in(Mode::kEval)};
+      best = CompatFact{
+          wish.label, entry.name, variant.options, facts.plan_in(Mode::kTrain), facts.plan_in(Mode::kEval), facts.changes_experts,
+          wish.drops};
+      for (const auto& [name, value] : wish.options)
+        if (find_option(entry.options, name)) best->options[name] = value;
       fewest = own;
     }
   return best;
@@ -112,7 +126,7 @@ void append_adapters(std::vector<CompatExperts>& rows, const ExpertEntry& entry)
 std::string router_text(const CompatFact& fact) {
   std::string text = fact.router;
   for (const auto& [name, value] : fact.options) text += fmt::format(", {} = {}", name, to_text(value));
-  return text;
+  return text + (fact.drops ? ", capacity 0.5" : "") + (fact.grows ? ", one place free" : "");
 }
 
 }  // namespace
@@ -147,7 +161,10 @@ std::string compat_refusal(const CompatExperts& experts, const CompatFact& fact)
 
 std::string compat_tables(const CompatExperts& experts, const CompatFact& fact) {
   const std::string& table = experts.table;
-  std::string text = fmt::format("[{0}]\nexperts = {1}\n[{0}.router]\nname = \"{2}\"\n", table, kCompatExperts, fact.router);
+  std::string text = fmt::format("[{}]\nexperts = {}\n", table, kCompatExperts - (fact.grows ? 1 : 0));
+  if (fact.grows) text += fmt::format("max_experts = {}\n", kCompatExperts);
+  if (fact.drops) text += fmt::format("[{}.capacity]\nmode = \"factor\"\nfactor = 0.5\n", table);
+  text += fmt::format("[{}.router]\nname = \"{}\"\n", table, fact.router);
   for (const auto& [name, value] : fact.options) text += fmt::format("{} = {}\n", name, to_text(value));
   for (size_t g = 0; g < experts.groups.size(); ++g) {
     const auto& [kind, count] = experts.groups[g];

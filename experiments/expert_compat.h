@@ -23,6 +23,8 @@ struct CompatFact {
   std::string router;                               // one that has it, the plainest
   std::map<std::string, OptionValue> options = {};  // of that router
   PlanForm train = PlanForm::kSparse, eval = PlanForm::kSparse;
+  bool grows = false;  // starts with one expert less than there is room for
+  bool drops = false;  // a capacity refuses half of the pairs
 };
 
 constexpr int64_t kCompatWidth = 32, kCompatExperts = 4;

@@ -104,19 +104,23 @@ void check_save_load(const Subject& subject) {
   }
 }
 
-std::vector<NamedTensor> buffers_after_steps(const Subject& subject, const KitCase& at, int64_t steps) {
+std::shared_ptr<Router> router_after_steps(const Subject& subject, const KitCase& at, int64_t steps) {
   const KitLayer layer = kit_layer(subject, at);
   for (int64_t step = 0; step < steps; ++step)
     end_step_of(layer, layer.route(input_of_step(at, step, Mode::kTrain)).deltas, step);
-  return layer.site.router->buffers();
+  return layer.site.router;
 }
 
 void check_end_step(const Subject& subject) {
   const KitCase at{.experts = 8, .capacity = {.mode = CapacityPolicy::Mode::kFactor}, .seed = subject.seed};
-  const std::vector<NamedTensor> start = buffers_after_steps(subject, at, 0), moved = buffers_after_steps(subject, at, 3);
+  const auto first = router_after_steps(subject, at, 0), last = router_after_steps(subject, at, 3);
+  const std::vector<NamedTensor> start = first->buffers(), moved = last->buffers();
   for (size_t i = 0; i < moved.size(); ++i)
     must(subject.facts.stateful || at::equal(moved[i].tensor, start[i].tensor),
          "it says that it has no state, but end_step() moves " + start[i].name, at);
+  const Tensor present_E = first->active_experts_E();
+  must(subject.facts.changes_experts || !present_E.defined() || at::equal(present_E, last->active_experts_E()),
+       "it says that its experts stay, but end_step() adds or removes some", at);
 }
 
 // All passes of a step that are not its training: evaluation, a prompt, a recomputation.
@@ -158,7 +162,7 @@ std::vector<StageEvent> stages_of(const Subject& subject) {
 
 std::vector<Property> stage_properties() {
   return {
-      {"end_step", "buffers move in end_step() only where the facts say so", always_applies, check_end_step},
+      {"end_step", "buffers and experts change in end_step() only where the facts say so", always_applies, check_end_step},
       {"save_load", "parameters and buffers in a fresh instance give bitwise the same plans over 5 steps, around every stage",
        always_applies, check_save_load},
       {"passive", "evaluation, decoding and recomputation between steps leave no delta, no state and no plan changed",

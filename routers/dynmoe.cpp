@@ -84,7 +84,7 @@ class DynmoeRouter : public Router {
   RouterFacts facts() const override {
     RouterFacts facts = Router::facts();
     facts.noisy_in_training = noise_.kind != NoiseSpec::Kind::kNone;
-    facts.stateful = window_.period > 0;
+    facts.stateful = facts.changes_experts = window_.period > 0;
     return facts;
   }
 
@@ -226,7 +226,11 @@ const Registration<RouterEntry> registration_dynmoe{{
     .citation = "Guo et al., 2024, arXiv:2405.14297",
     .equation = "u = σ(τ·cos(x, w))·mask - σ(τ·G);  row t uses the K experts with u > 0, gate 1/K;  K = 0: y = 0, in "
                 "evaluation the best active expert",
-    .facts = {.stateful = true, .variable_k = true, .straight_through = true, .probabilities = ProbabilityRule::kSigmoidShare},
+    .facts = {.stateful = true,
+              .changes_experts = true,
+              .variable_k = true,
+              .straight_through = true,
+              .probabilities = ProbabilityRule::kSigmoidShare},
     .options = {option("temperature", 1.0, "τ, multiplies cosines and thresholds before the sigmoid").at_least(1e-6),
                 option("eval_fallback", "score", "a row above no threshold takes, in evaluation, the largest s or u")
                     .one_of({"score", "margin"}),

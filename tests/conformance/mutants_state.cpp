@@ -115,6 +115,22 @@ struct CountsEvaluations : Balanced {
   bool counts(const RouteInput&) const override { return true; }
 };
 
+// Drops the first expert after a step.
+struct DropsAnExpert : PlainRouter {
+  explicit DropsAnExpert(const RouterSpec& spec) : PlainRouter(spec) {
+    present_E_ = add_buffer("present", at::ones({spec.max_experts}, at::kBool));
+  }
+  Tensor active_experts_E() const override { return present_E_; }
+  Tensor choice(const Tensor& logits_TE) const override {
+    return stable_topk(logits_TE.detach().masked_fill(present_E_.logical_not(), -1e9), spec_.k());
+  }
+  std::vector<Event> end_step(const std::map<std::string, Tensor>&, int64_t) override {
+    present_E_.select(0, 0).fill_(false);
+    return {};
+  }
+  Tensor present_E_;
+};
+
 // Its bias is no buffer, so a checkpoint does not hold it.
 struct HiddenState : PlainRouter {
   explicit HiddenState(const RouterSpec& spec) : PlainRouter(spec), bias_E_(at::zeros({spec.max_experts}, spec.dtype)) {}
@@ -166,6 +182,7 @@ const Registration<RouterEntry> state_registrations[] = {
     registered<MeanDelta>("mutant_mean_delta", {.stateful = true}),
     registered<CountsEvaluations>("mutant_counts_evaluations", {.stateful = true}),
     registered<Balanced>("mutant_says_it_is_stateless"),
+    registered<DropsAnExpert>("mutant_says_its_experts_stay", {.stateful = true}),
     registered<HiddenState>("mutant_hidden_state", {.stateful = true}),
     registered<ForgetsStage>("mutant_forgets_stage", {.stateful = true}, "none", kFirstSteps),
     registered<NoisyRouter>("control_noisy", {.noisy_in_training = true, .passes = 2}),
@@ -187,6 +204,7 @@ std::vector<Mutant> state_mutants() {
       {"mutant_mean_delta", "micro_batches", {"thread_ranks"}},
       {"mutant_counts_evaluations", "passive", {}},
       {"mutant_says_it_is_stateless", "end_step", {}},
+      {"mutant_says_its_experts_stay", "end_step", {kAnyProperty}},
       {"mutant_hidden_state", "save_load", {}},
       {"mutant_forgets_stage", "save_load", {}},
   };

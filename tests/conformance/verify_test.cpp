@@ -168,8 +168,8 @@ TEST_CASE("the variants are the defaults, then each other choice alone") {
 }
 
 TEST_CASE("verify --json is one array of findings, and the program knows no mutant") {
-  const test::ProgramResult result = test::run_moelab(
-      {"verify", "--all", "--json", "--property", "ties", "--property", "non_finite"});
+  const test::ProgramResult result = test::run_program(
+      MOELAB_PROGRAM, {"verify", "--all", "--json", "--property", "ties", "--property", "non_finite"});
   REQUIRE(result.code == 0);
   const nlohmann::json findings = nlohmann::json::parse(result.out);
   std::set<std::string> names;

@@ -123,9 +123,9 @@ inline std::vector<Tensor> reference_outcomes(const PlanCase& at, const ExpertBa
   return outcomes(at, bank, grad_y_TD, {"reference", Execution::kReference});
 }
 
-// A gradient this much smaller than the largest one may be zero but for rounding (a softmax over one entry, or over slots that all
-// hold the same), and each executor rounds in its own way. With the tolerances below, 1e-10 and 1e-5, the floor is some tens of
-// units in the last place of the largest one: a gradient of the scale sums a few hundred such terms.
+// A gradient this much smaller than the largest one may be zero but for rounding (a softmax over one entry, or over slots that
+// all hold the same), and each executor rounds in its own way. With the tolerances below, 1e-10 and 1e-5, the floor is some tens
+// of units in the last place of the largest one: a gradient of the scale sums a few hundred such terms.
 constexpr double kZeroInDouble = 1e-4, kZeroInFloat = 1e-2;
 
 inline double largest_entry(const Tensor& t) { return t.numel() == 0 ? 0.0 : t.detach().abs().max().item<double>(); }

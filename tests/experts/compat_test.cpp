@@ -99,8 +99,18 @@ void check_moved(const Model& model, const Values& before) {
   }
 }
 
+// Of all sites together.
+int64_t active_experts(const Model& model) {
+  int64_t active = 0;
+  for (const Site* site : model.sites()) {
+    const Tensor active_E = site->router->active_experts_E();
+    active += active_E.defined() ? active_E.sum().item<int64_t>() : site->bank->experts();
+  }
+  return active;
+}
+
 // "" where it trains and evaluates with finite losses, else what it was refused with before any training.
-std::string outcome_of(const std::string& text) {
+std::string outcome_of(const std::string& text, const CompatFact& fact = {}) {
   std::optional<Experiment> e;
   try {
     e = load_experiment(parse_config(text, "cell.toml"));
@@ -109,10 +119,12 @@ std::string outcome_of(const std::string& text) {
     return error.what();
   }
   const Values before = values_of(*e->model);
+  const int64_t active = active_experts(*e->model);
   Trainer trainer(e->train, e->model, e->data, single_comm(), "", {});
   CHECK(trainer.run() == Outcome::kDone);
   CHECK(std::isfinite(trainer.last_evaluation().loss));
   check_moved(*e->model, before);
+  CHECK((active_experts(*e->model) != active) == fact.grows);
   return "";
 }
 
@@ -122,10 +134,10 @@ TEST_CASE("the table of experts and routers tells the truth in every cell") {
   std::map<std::string, int64_t> rows_of_kind;
   int64_t refused = 0;
   for (const CompatExperts& experts : compat_experts()) {
-    CHECK(compat_facts().size() == 7);
+    CHECK(compat_facts().size() == 10);
     ++rows_of_kind[experts.groups.front().first];
     for (const CompatFact& fact : compat_facts()) {
-      const std::string reason = compat_refusal(experts, fact), outcome = outcome_of(experiment_of(experts, fact));
+      const std::string reason = compat_refusal(experts, fact), outcome = outcome_of(experiment_of(experts, fact), fact);
       CAPTURE(experts.label, fact.label, fact.router, reason, outcome);
       CHECK(reason.empty() == outcome.empty());
       CHECK((outcome.ends_with(reason) && outcome.find('\n') == std::string::npos));
