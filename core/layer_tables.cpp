@@ -7,11 +7,6 @@
 namespace moelab {
 namespace {
 
-const OptionSpec* find_option(const OptionSpecs& specs, const std::string& name) {
-  const auto found = std::find_if(specs.begin(), specs.end(), [&](const OptionSpec& spec) { return spec.name == name; });
-  return found == specs.end() ? nullptr : &*found;
-}
-
 OptionSpecs shared_options() {
   return {
       option("count", 0, "shared experts that every row uses").at_least(0),
@@ -108,6 +103,11 @@ void read_shared(const Table& table, LayerSettings& settings) {
 }
 
 }  // namespace
+
+const OptionSpec* find_option(const OptionSpecs& specs, const std::string& name) {
+  const auto found = std::find_if(specs.begin(), specs.end(), [&](const OptionSpec& spec) { return spec.name == name; });
+  return found == specs.end() ? nullptr : &*found;
+}
 
 std::string plugin_name(const Table& table, const char* fallback) {
   return table.options({option("name", fallback, "which plugin")}, table.keys()).text("name");

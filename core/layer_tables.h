@@ -12,6 +12,9 @@
 
 namespace moelab {
 
+// The option of this name; null where there is none.
+const OptionSpec* find_option(const OptionSpecs& specs, const std::string& name);
+
 // The plugin that a table names, read before its other keys can be checked.
 std::string plugin_name(const Table& table, const char* fallback);
 

@@ -26,8 +26,8 @@ bool as_in_training(const RouterFacts& f) { return f.in_evaluation == InEvaluati
 
 bool plainly_sparse(const RouterFacts& f) { return f.plan == PlanForm::kSparse && !f.variable_k && as_in_training(f); }
 
-const std::map<std::string, OptionValue> kEveryStep{
-    {"window_start", int64_t{0}}, {"window_update", int64_t{1}}, {"window_period", int64_t{1}}};
+const std::map<std::string, OptionValue> kAfterFirstStep{
+    {"window_start", int64_t{0}}, {"window_update", int64_t{1}}, {"window_period", int64_t{2}}};
 
 const Wish kWishes[] = {
     {"k experts per row", plainly_sparse},
@@ -37,7 +37,7 @@ const Wish kWishes[] = {
     {"experts choose rows", [](const RouterFacts& f) { return f.capacity_is_choice; }},
     {"soft plan", [](const RouterFacts& f) { return f.plan == PlanForm::kSoft; }},
     {"merge plan", [](const RouterFacts& f) { return f.plan == PlanForm::kMerge; }},
-    {"experts that come and go", [](const RouterFacts& f) { return f.changes_experts; }, kEveryStep},
+    {"experts that come and go", [](const RouterFacts& f) { return f.changes_experts; }, kAfterFirstStep},
     {"several passes", [](const RouterFacts& f) { return f.passes > 1; }},
     {"all experts in evaluation", [](const RouterFacts& f) { return f.in_evaluation == InEvaluation::kAllExperts; }},
     {"averaged experts in evaluation", [](const RouterFacts& f) { return f.in_evaluation == InEvaluation::kMergedExperts; }},
@@ -67,9 +67,14 @@ std::optional<CompatFact> plainest_router(const Wish& wish) {
       const RouterFacts facts = kit_router(entry, variant, {})->facts();
       const int64_t own = demands(facts, variant);
       if (!wish.holds(facts) || (best && own >= fewest)) continue;
-      best = CompatFact{
-          wish.label, entry.name, variant.options, facts.plan_in(Mode::kTrain), facts.plan_in(Mode::kEval), facts.changes_experts,
-          wish.drops};
+      best = CompatFact{wish.label,
+                        entry.name,
+                        variant.options,
+                        facts.plan_in(Mode::kTrain),
+                        facts.plan_in(Mode::kEval),
+                        facts.changes_experts,
+                        wish.drops,
+                        facts.passes > 1};
       for (const auto& [name, value] : wish.options)
         if (find_option(entry.options, name)) best->options[name] = value;
       fewest = own;
@@ -126,7 +131,8 @@ void append_adapters(std::vector<CompatExperts>& rows, const ExpertEntry& entry)
 std::string router_text(const CompatFact& fact) {
   std::string text = fact.router;
   for (const auto& [name, value] : fact.options) text += fmt::format(", {} = {}", name, to_text(value));
-  return text + (fact.drops ? ", capacity 0.5" : "") + (fact.grows ? ", one place free" : "");
+  return text + (fact.passes ? ", objective paired_consistency" : "") + (fact.drops ? ", capacity 0.5" : "") +
+         (fact.grows ? ", two places free" : "");
 }
 
 }  // namespace
@@ -161,7 +167,7 @@ std::string compat_refusal(const CompatExperts& experts, const CompatFact& fact)
 
 std::string compat_tables(const CompatExperts& experts, const CompatFact& fact) {
   const std::string& table = experts.table;
-  std::string text = fmt::format("[{}]\nexperts = {}\n", table, kCompatExperts - (fact.grows ? 1 : 0));
+  std::string text = fmt::format("[{}]\nexperts = {}\n", table, kCompatExperts - (fact.grows ? 2 : 0));
   if (fact.grows) text += fmt::format("max_experts = {}\n", kCompatExperts);
   if (fact.drops) text += fmt::format("[{}.capacity]\nmode = \"factor\"\nfactor = 0.5\n", table);
   text += fmt::format("[{}.router]\nname = \"{}\"\n", table, fact.router);
@@ -173,6 +179,7 @@ std::string compat_tables(const CompatExperts& experts, const CompatFact& fact) 
     if (g > 0) continue;
     for (const auto& [name, value] : experts.options) text += fmt::format("{} = {}\n", name, to_text(value));
   }
+  if (fact.passes) text += "[objective]\nname = \"paired_consistency\"\n";
   return text;
 }
 

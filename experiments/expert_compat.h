@@ -23,8 +23,9 @@ struct CompatFact {
   std::string router;                               // one that has it, the plainest
   std::map<std::string, OptionValue> options = {};  // of that router
   PlanForm train = PlanForm::kSparse, eval = PlanForm::kSparse;
-  bool grows = false;  // starts with one expert less than there is room for
+  bool grows = false;  // there is room for two experts more than it starts with
   bool drops = false;  // a capacity refuses half of the pairs
+  bool passes = false;  // several a step, tied by the objective
 };
 
 constexpr int64_t kCompatWidth = 32, kCompatExperts = 4;
