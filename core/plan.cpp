@@ -12,6 +12,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 namespace moelab {
@@ -25,12 +26,16 @@ void require_finite_plan(const Tensor& tensor, const char* name) {
   require(tensor.numel() == 0 || tensor.detach().isfinite().all().item<bool>(), fmt::format("{} is not finite", name));
 }
 
+bool contains(const Tensor& flags_TK, bool flag) {
+  return std::memchr(flags_TK.const_data_ptr<bool>(), flag, static_cast<size_t>(flags_TK.numel())) != nullptr;
+}
+
 // Pairs in the order of rows, then of choices, for which `marked` holds.
 void list_pairs(const Tensor& choice_TK, const Tensor& marked_TK, Tensor& token_M, Tensor& expert_M) {
   const int64_t rows = choice_TK.size(0), k = choice_TK.size(1);
   const auto* choice = choice_TK.const_data_ptr<int64_t>();
   const auto* marked = marked_TK.const_data_ptr<bool>();
-  const int64_t count = std::count(marked, marked + rows * k, true);
+  const int64_t count = contains(marked_TK, true) ? std::count(marked, marked + rows * k, true) : 0;  // mostly there are none
   token_M = at::empty({count}, kInt64);
   expert_M = at::empty({count}, kInt64);
   auto* token = token_M.mutable_data_ptr<int64_t>();
@@ -40,37 +45,52 @@ void list_pairs(const Tensor& choice_TK, const Tensor& marked_TK, Tensor& token_
       if (marked[i]) *token++ = t, *expert++ = choice[i];
 }
 
-// offsets_E1 of the kept pairs. A pair without a choice is not kept, and adds nothing to the entry before the first expert's.
-Tensor kept_offsets(const Tensor& choice_TK, const Tensor& kept_TK, int64_t experts) {
-  Tensor offsets_E1 = at::zeros({experts + 1}, kInt64);
+// offsets_E1 of the kept pairs. One that is not kept may have no expert, -1: it adds nothing to the entry before the first.
+Tensor kept_offsets(const Tensor& choice_TK, const Tensor& kept_TK, bool all_kept, int64_t experts) {
+  const int64_t pairs = choice_TK.numel();
   const auto* choice = choice_TK.const_data_ptr<int64_t>();
   const auto* kept = kept_TK.const_data_ptr<bool>();
+  // Two tables by turns: a count need not wait for the one before it where both are the same expert's.
+  std::vector<int64_t> even(experts + 1, 0), odd(experts + 1, 0);
+  for (int64_t i = 0; all_kept && i + 1 < pairs; i += 2) ++even[choice[i] + 1], ++odd[choice[i + 1] + 1];
+  if (all_kept && pairs % 2 == 1) ++even[choice[pairs - 1] + 1];
+  for (int64_t i = 0; !all_kept && i < pairs; ++i) even[choice[i] + 1] += kept[i];
+  Tensor offsets_E1 = at::empty({experts + 1}, kInt64);
   auto* offsets = offsets_E1.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < choice_TK.numel(); ++i) offsets[choice[i] + 1] += kept[i];
-  for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
+  int64_t sum = 0;
+  for (int64_t e = 0; e <= experts; ++e) offsets[e] = sum += even[e] + odd[e];
   return offsets_E1;
 }
 
 // token_N, slot_TK and, beside them, the gates: every pair is read and written once.
-template <class Gate>
-void place_pairs(const Tensor& choice_TK, const Tensor& kept_TK, const Gate* gate, SparsePlan& plan, Gate* placed) {
+template <bool kAllKept, class Gate>
+void place_pairs(const Tensor& choice_TK, const Tensor& kept_TK, const Gate* __restrict gate, SparsePlan& plan,
+                 Gate* __restrict placed) {
   const int64_t rows = choice_TK.size(0), k = choice_TK.size(1);
-  const auto* choice = choice_TK.const_data_ptr<int64_t>();
-  const auto* kept = kept_TK.const_data_ptr<bool>();
+  const auto* __restrict choice = choice_TK.const_data_ptr<int64_t>();
+  const auto* __restrict kept = kept_TK.const_data_ptr<bool>();
   const auto* offsets = plan.offsets_E1.const_data_ptr<int64_t>();
-  std::vector<int64_t> next(offsets, offsets + plan.experts);
-  auto* token = plan.token_N.mutable_data_ptr<int64_t>();
-  auto* slot = plan.slot_TK.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> places(offsets, offsets + plan.experts);
+  int64_t* __restrict next = places.data();
+  auto* __restrict token = plan.token_N.mutable_data_ptr<int64_t>();
+  auto* __restrict slot = plan.slot_TK.mutable_data_ptr<int64_t>();
   for (int64_t t = 0, i = 0; t < rows; ++t)
     for (const int64_t end = i + k; i < end; ++i) {
-      if (!kept[i]) {
+      if (!kAllKept && !kept[i]) {
         slot[i] = -1;
         continue;
       }
-      const int64_t n = slot[i] = next[choice[i]]++;
+      const int64_t n = next[choice[i]]++;
+      slot[i] = n;
       token[n] = t;
       placed[n] = gate[i];
     }
+}
+
+template <class Gate>
+void place_pairs(const Tensor& choice_TK, const Tensor& kept_TK, const Gate* gate, SparsePlan& plan, Gate* placed) {
+  if (plan.token_N.numel() == choice_TK.numel()) place_pairs<true>(choice_TK, kept_TK, gate, plan, placed);
+  else place_pairs<false>(choice_TK, kept_TK, gate, plan, placed);
 }
 
 // gate_N = gate_TK where there is a slot; fills the plan's tokens and slots on the way.
@@ -183,7 +203,7 @@ SparsePlan make_sparse_plan(const Assignment& assignment, const Tensor& gate_TK,
   SparsePlan plan;
   plan.rows = choice_TK.size(0);
   plan.experts = experts;
-  plan.offsets_E1 = kept_offsets(choice_TK, kept_TK, experts);
+  plan.offsets_E1 = kept_offsets(choice_TK, kept_TK, !contains(kept_TK, false), experts);
   const auto* offsets = plan.offsets_E1.const_data_ptr<int64_t>();
   plan.token_N = at::empty({offsets[experts]}, kInt64);
   plan.expert_N = at::empty({offsets[experts]}, kInt64);
