@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Kills runs of the real program at random moments, resumes them, and compares what they leave, byte for byte, with an
-# undisturbed run: every router with accumulation, bf16 and recomputation. Methods with stages pass them all within the 40 steps.
+# Ends runs of the real program at random moments, by SIGKILL and SIGTERM in turn, resumes them, and compares what they leave,
+# byte for byte, with an undisturbed run: every router with accumulation, bf16 and recomputation. Methods with stages pass them
+# all within the 40 steps.
 # Writes tests/long/kill_loop.json where no routers are named.
 #   scripts/kill_loop.sh [BUILD] [KILLS per combination] [ROUTER…]
 set -euo pipefail
@@ -78,15 +79,16 @@ timeless() { sed -E 's/"seconds":[^,}]*,?//; s/"timing":\{[^}]*\},?//' "$1/metri
 
 same() { diff -r "$1/ckpt" "$2/ckpt" > /dev/null && diff <(timeless "$1") <(timeless "$2") > /dev/null; }
 
-# Starts the program, lets it live for a random part of two seconds, and kills it; false where it was done before.
+# Starts the program, lets it live for a random part of two seconds, and ends it; false where it was done before.
 start_and_kill() {
   "$program" "$@" --quiet > /dev/null 2>&1 &
   local child=$!
   sleep "$((RANDOM % 2)).$(printf %03d $((RANDOM % 1000)))"
-  kill -9 "$child" 2> /dev/null || true
+  kill -s "${signals[killed % 2]}" "$child" 2> /dev/null || true
   ! wait "$child" 2> /dev/null
 }
 
+signals=(KILL TERM)
 cases=0 failures=0 start=$SECONDS
 for router in "${routers[@]}"; do
   mapfile -t experiment < <(experiment_of "$router")
