@@ -165,6 +165,9 @@ struct ExpertEntry {
   ExpertPlace place = ExpertPlace::kFeedForward;
   bool recomputes = false;  // its forward() reads ExpertContext::recompute, where `execution` is "auto"
   std::function<std::shared_ptr<RoutedAttention>(const AttentionPlace&)> make_attention = {};  // of kAttention
+  // Why these settings do not go with this attention, in one line that begins with the option, "[moe.expert] name = value …"; ""
+  // = they do. Not given: always.
+  std::function<std::string(const AttentionPlace&)> refuses_attention = {};
   std::source_location where = std::source_location::current();
 };
 

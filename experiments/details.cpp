@@ -4,6 +4,7 @@
 #include "core/dataset.h"
 #include "core/diagnostics.h"
 #include "core/expert.h"
+#include "core/layer_tables.h"
 #include "core/loss.h"
 #include "core/model/block.h"
 #include "core/router.h"
@@ -114,7 +115,7 @@ Json expert_details(const std::string& name) {
         {{"name", "experts." + stacked.name}, {"shape", fmt::format("[{}]", fmt::join(stacked.tensor.sizes(), ","))}});
   Json plans = Json::array();
   for (const PlanForm form : {PlanForm::kSparse, PlanForm::kSoft, PlanForm::kMerge}) {
-    const std::string reason = bank->refuses(form);
+    const std::string reason = refused_plan(entry.place, *bank, form);
     plans.push_back({{"form", to_string(form)}, {"works", reason.empty()}, {"reason", reason}});
   }
   Json differences = entry.differences;

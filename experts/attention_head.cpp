@@ -45,9 +45,13 @@ HeadShape head_shape(const AttentionPlace& place) {
   shape.rotary = options.text("positions") == "model" ? model.rotary : options.text("positions") == "rotary";
   shape.rope_base = model.rope_base;
   shape.output_scale = model.output_scale;
-  if (shape.rotary && shape.size % 2 != 0)
-    usage_error("[moe.expert] head_size = " + std::to_string(shape.size) + " is odd, but rotary positions turn pairs");
   return shape;
+}
+
+std::string odd_size(const AttentionPlace& place) {
+  const HeadShape shape = head_shape(place);
+  if (!shape.rotary || shape.size % 2 == 0) return "";
+  return "[moe.expert] head_size = " + std::to_string(shape.size) + " is odd, but rotary positions turn pairs";
 }
 
 std::unique_ptr<HeadBank> head_bank(const ExpertSpec& spec, std::vector<HeadMap> maps, std::vector<size_t> stages) {
@@ -305,6 +309,7 @@ class SwitchHeadAttention : public RoutedAttention {
 };
 
 std::shared_ptr<RoutedAttention> make_routed_attention(const AttentionPlace& place) {
+  if (const std::string reason = odd_size(place); !reason.empty()) usage_error(reason);
   const std::string& style = place.layer.expert_spec.options.text("style");
   if (style == "moh") return std::make_shared<MohAttention>(place);
   if (style == "switchhead") return std::make_shared<SwitchHeadAttention>(place);
@@ -338,23 +343,24 @@ const Registration<ExpertEntry> registration_attention_head{{
          "moh: its load balance loss is a [[loss]]", "moa: positions are relative in the paper, rotary here",
          "switchhead: its router is [attention.router] name = \"sigmoid_topk\"; the default softmax_topk makes a head's "
          "experts compete"},
-    .options = {option("style", "moa",
-                       "moa: one K and V for all heads; moh: shared heads and routed heads; switchhead: routed value and "
-                       "output projections of each head, two routers")
-                    .one_of({"moa", "moh", "switchhead"}),
-                option("heads", 0, "switchhead: heads; 0 = the model's, in `route` 1").at_least(0),
-                option("head_size", 0, "A; 0 = D / heads of the model, in `route` D").at_least(0),
-                option("shared_heads", 1, "moh: heads that every row uses").at_least(0),
-                option("normalise", true, "moh: divide the gates of a row's heads by their sum"),
-                option(
-                    "mask", "model",
-                    "causal, or full: all rows of a sequence see each other, refused in a causal model; `route` knows no model "
-                    "and is causal")
-                    .one_of({"model", "causal", "full"}),
-                option("positions", "model", "rotary, or none; `route` has none").one_of({"model", "none", "rotary"})},
+    .options =
+        {option("style", "moa",
+                "moa: one K and V for all heads; moh: shared heads and routed heads; switchhead: routed value and "
+                "output projections of each head, two routers")
+             .one_of({"moa", "moh", "switchhead"}),
+         option("heads", 0, "switchhead: heads; 0 = the model's, in `route` 1").at_least(0).read_when("style", {"switchhead"}),
+         option("head_size", 0, "A; 0 = D / heads of the model, in `route` D").at_least(0),
+         option("shared_heads", 1, "moh: heads that every row uses").at_least(0).read_when("style", {"moh"}),
+         option("normalise", true, "moh: divide the gates of a row's heads by their sum").read_when("style", {"moh"}),
+         option("mask", "model",
+                "causal, or full: all rows of a sequence see each other, refused in a causal model; `route` knows no model "
+                "and is causal")
+             .one_of({"model", "causal", "full"}),
+         option("positions", "model", "rotary, or none; `route` has none").one_of({"model", "none", "rotary"})},
     .make = [](ExpertSpec spec) -> std::unique_ptr<ExpertBank> { return make_head_bank(spec); },
     .place = ExpertPlace::kAttention,
     .make_attention = make_routed_attention,
+    .refuses_attention = odd_size,
 }};
 
 }  // namespace

@@ -1,8 +1,10 @@
 #include "core/model/settings.h"
 
 #include "core/error.h"
+#include "core/layer_tables.h"
 #include "core/model/causal.h"
 #include "core/model/overrides.h"
+#include "core/model/routed_attention.h"
 #include "core/model/twin.h"
 
 #include <fmt/format.h>
@@ -15,6 +17,12 @@ namespace moelab {
 namespace {
 
 at::ScalarType model_dtype(const Options& model) { return model.text("dtype") == "float64" ? at::kDouble : at::kFloat; }
+
+void refuse_unfit_attention(const Table& here, const AttentionPlace& place) {
+  const ExpertEntry& entry = Registry<ExpertEntry>::instance().find(place.layer.expert);
+  const std::string reason = entry.refuses_attention ? entry.refuses_attention(place) : "";
+  if (!reason.empty()) fail_with_place(here, "expert", reason);
+}
 
 // Which table describes experts of a place, and what they are.
 struct PlaceTable {
@@ -125,6 +133,7 @@ struct BlockReader {
         here.child("expert").fail("name",
                                   fmt::format("experts '{}' are attention heads, but this model has no attention", layer.expert));
       if (attention->causal) require_causal_mask(here.child("expert"), layer);
+      refuse_unfit_attention(here, {table, *attention, layer});
       settings.routed_attention = std::move(layer);
     } else if (layer.place == ExpertPlace::kLinears) {
       settings.adapters = read_adapters(here.child("expert"), std::move(layer), linears());

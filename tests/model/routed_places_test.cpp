@@ -261,6 +261,9 @@ TEST_CASE("places that do not fit are refused where they are written") {
   expect(kPlacesModel + "[attention]\nlayers = \"7\"\n", "there is no block 7");
   expect(with_heads("moa") + "[adapters]\n", "adapters are laid on blocks without them");
   expect(with_heads("moa") + "mask = \"full\"\n", "tiny.toml:16:1: layer 0: mask = \"full\" shows every token the later ones");
+  expect(with_heads("moa") + "head_size = 3\n",
+         "tiny.toml:16:1: [attention.expert] head_size = 3 is odd, but rotary positions turn pairs");
+  expect(with_heads("moa") + "shared_heads = 2\n", "'shared_heads' is not read with style = \"moa\"");
   expect(kPlacesModel + "[attention]\nrecompute = true\n", "experts 'attention_head' keep no pre-activations");
   expect(kPlacesModel + "[adapters]\nrecompute = true\n", "experts 'lora' keep no pre-activations");
   expect(with_adapters("targets = \"ffn, dense\""), "ffn adapts dense.w_gate already");
