@@ -19,7 +19,7 @@ using namespace moelab::bench;
 namespace {
 
 constexpr int64_t kRows = 8192, kWidth = 1024;
-constexpr int64_t kInner = 32;  // runs of a line per measurement, some milliseconds: in a layer, too, the choices are in the cache
+constexpr int64_t kInner = 32;  // runs of a line per measurement, some milliseconds: in a layer the choices are in the cache, too
 
 struct Decision {
   int64_t experts, k;
