@@ -29,9 +29,11 @@ batch = 4
 
 // `chosen` of 16 heads of 32: with 8, the dense layer's number.
 std::vector<std::string> routed(const std::string& style, int chosen, int shared) {
-  return {fmt::format("attention.experts={}", 16 - shared), fmt::format("attention.router.k={}", chosen - shared),
-          "attention.expert.style=" + style, "attention.expert.head_size=32",
-          fmt::format("attention.expert.shared_heads={}", shared)};
+  std::vector<std::string> set{fmt::format("attention.experts={}", 16 - shared),
+                               fmt::format("attention.router.k={}", chosen - shared), "attention.expert.style=" + style,
+                               "attention.expert.head_size=32"};
+  if (style == "moh") set.push_back(fmt::format("attention.expert.shared_heads={}", shared));
+  return set;
 }
 
 }  // namespace
