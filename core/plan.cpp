@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace moelab {
@@ -20,10 +21,14 @@ namespace {
 
 const at::TensorOptions kInt64 = at::TensorOptions().dtype(at::kLong);
 
-void require(bool holds, const std::string& rule) { check_invariant(holds, "plan: " + rule); }
+// The rule is put into words only where it is broken: these checks run for every pair of every step.
+template <class... Parts>
+void require(bool holds, fmt::format_string<Parts...> rule, Parts&&... parts) {
+  if (!holds) check_invariant(false, "plan: " + fmt::format(rule, std::forward<Parts>(parts)...));
+}
 
 void require_finite_plan(const Tensor& tensor, const char* name) {
-  require(tensor.numel() == 0 || tensor.detach().isfinite().all().item<bool>(), fmt::format("{} is not finite", name));
+  require(tensor.numel() == 0 || tensor.detach().isfinite().all().item<bool>(), "{} is not finite", name);
 }
 
 bool contains(const Tensor& flags_TK, bool flag) {
@@ -141,9 +146,9 @@ void validate_sparse(const SparsePlan& plan, int64_t rows, int64_t experts) {
   for (int64_t e = 0; e < experts; ++e) {
     require(offsets[e] <= offsets[e + 1], "offsets fall");
     for (int64_t n = offsets[e]; n < offsets[e + 1]; ++n) {
-      require(expert[n] == e, fmt::format("pair {} lies in expert {}'s block but says {}", n, e, expert[n]));
-      require(token[n] >= 0 && token[n] < rows, fmt::format("pair {} names row {}", n, token[n]));
-      require(n == offsets[e] || token[n - 1] < token[n], fmt::format("expert {}'s rows are not ascending and distinct", e));
+      require(expert[n] == e, "pair {} lies in expert {}'s block but says {}", n, e, expert[n]);
+      require(token[n] >= 0 && token[n] < rows, "pair {} names row {}", n, token[n]);
+      require(n == offsets[e] || token[n - 1] < token[n], "expert {}'s rows are not ascending and distinct", e);
     }
   }
   const Tensor slot = plan.slot_TK.contiguous();
@@ -152,9 +157,8 @@ void validate_sparse(const SparsePlan& plan, int64_t rows, int64_t experts) {
   int64_t placed = 0;
   for (int64_t i = 0; i < slot.numel(); ++i) {
     if (slots[i] < 0) continue;
-    require(slots[i] < pairs && token[slots[i]] == i / slot.size(1),
-            fmt::format("slot of row {} holds another row", i / slot.size(1)));
-    require(!taken[slots[i]], fmt::format("two choices of row {} share a slot", i / slot.size(1)));
+    require(slots[i] < pairs && token[slots[i]] == i / slot.size(1), "slot of row {} holds another row", i / slot.size(1));
+    require(!taken[slots[i]], "two choices of row {} share a slot", i / slot.size(1));
     taken[slots[i]] = true;
     ++placed;
   }

@@ -87,10 +87,42 @@ double chosen_heads(const MoELayer& site) {
   return static_cast<double>(k);
 }
 
+// Where rows choose two fifths of the experts or more, one product with all of them costs less than moving rows to the chosen
+// ones and back (`make bench-report`, attention).
+bool maps_all(const MoELayer& site) {
+  return site.settings().execution == Execution::kAuto &&
+         2 * static_cast<double>(site.site().bank->experts()) <= 5 * chosen_heads(site);
+}
+
+// Where the pairs' heads lie in rows of `heads` heads each, laid side by side.
+Tensor places_of(const SparsePlan& plan, int64_t heads, int64_t first) {
+  return plan.token_N.mul(heads).add(plan.expert_N).add(first);
+}
+
+// The pairs' rows at their experts, 0 for experts that a row does not choose: [T,E,A].
+Tensor at_experts(const SparsePlan& plan, const Tensor& rows_NA) {
+  const Tensor none_PA = at::zeros({plan.rows * plan.experts, rows_NA.size(1)}, rows_NA.options());
+  return none_PA.index_copy(0, places_of(plan, plan.experts, 0), rows_NA).view({plan.rows, plan.experts, rows_NA.size(1)});
+}
+
+// The pairs' gates at their experts, 0 elsewhere: [T,E].
+Tensor gates_at_experts(const SparsePlan& plan) {
+  const Tensor none_TE = at::zeros({plan.rows, plan.experts}, plan.gate_N.options().requires_grad(false));
+  return none_TE.index_put({plan.token_N, plan.expert_N}, plan.gate_N);
+}
+
+// Σ_h gate · W_o^h · rows_h.
+Tensor weighted_outputs(const Tensor& rows_THA, const Tensor& gate_TH, const Tensor& w_o_HDA) {
+  const Tensor weighted_THA = rows_THA.mul(gate_TH.to(rows_THA.scalar_type()).unsqueeze(2));
+  return at::linear(weighted_THA.flatten(1, 2), w_o_HDA.permute({1, 0, 2}).flatten(1, 2));
+}
+
 class MoaAttention : public RoutedAttention {
  public:
   explicit MoaAttention(const AttentionPlace& place) : shape_(head_shape(place)) {
-    heads_ = std::make_shared<MoELayer>(place.path, place.layer, head_bank_of_moa(head_spec(place), shape_));
+    auto bank = head_bank_of_moa(head_spec(place), shape_);
+    bank_ = bank.get();
+    heads_ = std::make_shared<MoELayer>(place.path, place.layer, std::move(bank));
     shared_ = std::make_shared<SharedHeads>(head_spec(place), 1, std::vector<HeadMap>{shape_.in("w_k"), shape_.in("w_v")});
     add_child("", heads_);
     add_child("shared", shared_);
@@ -101,17 +133,19 @@ class MoaAttention : public RoutedAttention {
   Tensor forward(const Tensor& x_TD, SiteWalk& walk, DecodeCache* cache) const override {
     const RouteOutput routed = walk.decide(*heads_, x_TD);
     const SparsePlan& plan = sparse_plan(routed);
-    const ExpertBank& bank = *heads_->site().bank;
     const ExecuteInput input = walk.input(x_TD);
     const HeadPass pass(shape_, walk.in(), cache);
+    const bool all = maps_all(*heads_);
     const GroupedProductGuard products(product_of(heads_->settings().execution));
-    Tensor rows_NA = map_pairs(plan, bank, dispatch_rows(x_TD, plan), input, 0);
+    Tensor rows_NA = all ? project_heads(x_TD, bank_->weight(0)).flatten(0, 1).index_select(0, places_of(plan, plan.experts, 0))
+                         : map_pairs(plan, *bank_, dispatch_rows(x_TD, plan), input, 0);
     const Tensor k_T1A = pass.turned(project_heads(x_TD, shared_->weight(0))), v_T1A = project_heads(x_TD, shared_->weight(1));
     if (plan.slot_TK.numel() > 0) {
       const Tensor q_N1A = pass.turned(rows_NA.unsqueeze(1), walk.in().position_T.index_select(0, plan.token_N));
       rows_NA = to_pairs(plan, pass.attended(to_choices(plan, q_N1A.squeeze(1)), k_T1A, v_T1A));
     }
-    return combine_rows(map_pairs(plan, bank, rows_NA, input, 1), plan);
+    if (all) return weighted_outputs(at_experts(plan, rows_NA), gates_at_experts(plan), bank_->weight(1));
+    return combine_rows(map_pairs(plan, *bank_, rows_NA, input, 1), plan);
   }
 
   double flops_per_row(int64_t context) const override {
@@ -135,6 +169,7 @@ class MoaAttention : public RoutedAttention {
 
   HeadShape shape_;
   std::shared_ptr<MoELayer> heads_;
+  const HeadBank* bank_;
   std::shared_ptr<SharedHeads> shared_;
 };
 
@@ -171,7 +206,7 @@ class MohAttention : public RoutedAttention {
     const Tensor k_THA = pass.turned(project_heads(x_TD, all_heads(1)));
     Tensor mixed_THA = project_heads(x_TD, all_heads(2));
     if (x_TD.size(0) > 0) mixed_THA = pass.attended(q_THA, k_THA, mixed_THA);
-    return all ? outputs(mixed_THA, gate_TH, all_heads(3)) : chosen_outputs(mixed_THA, gate_TH, plan, input);
+    return all ? weighted_outputs(mixed_THA, gate_TH, all_heads(3)) : chosen_outputs(mixed_THA, gate_TH, plan, input);
   }
 
   double flops_per_row(int64_t context) const override {
@@ -187,24 +222,10 @@ class MohAttention : public RoutedAttention {
 
   int64_t heads() const { return shared_heads_ + bank_->experts(); }
 
-  // Where the pairs' heads lie in rows of `heads` heads each, laid side by side.
-  static Tensor places_of(const SparsePlan& plan, int64_t heads, int64_t first) {
-    return plan.token_N.mul(heads).add(plan.expert_N).add(first);
-  }
-
   // In the order of all_heads(): a query of 0 where a head is not chosen.
   Tensor chosen_queries(const Tensor& x_TD, const SparsePlan& plan, const ExecuteInput& input) const {
-    const Tensor rows_NA = map_pairs(plan, *bank_, dispatch_rows(x_TD, plan), input, 0);
-    const Tensor none_PA = at::zeros({plan.rows * plan.experts, rows_NA.size(1)}, rows_NA.options());
-    const Tensor routed_TEA =
-        none_PA.index_copy(0, places_of(plan, plan.experts, 0), rows_NA).view({plan.rows, plan.experts, rows_NA.size(1)});
+    const Tensor routed_TEA = at_experts(plan, map_pairs(plan, *bank_, dispatch_rows(x_TD, plan), input, 0));
     return shared_ ? at::cat({project_heads(x_TD, shared_->weight(0)), routed_TEA}, 1) : routed_TEA;
-  }
-
-  // Σ_h gate · W_o^h · mixed_h.
-  static Tensor outputs(const Tensor& mixed_THA, const Tensor& gate_TH, const Tensor& w_o_HDA) {
-    const Tensor weighted_THA = mixed_THA.mul(gate_TH.to(mixed_THA.scalar_type()).unsqueeze(2));
-    return at::linear(weighted_THA.flatten(1, 2), w_o_HDA.permute({1, 0, 2}).flatten(1, 2));
   }
 
   Tensor chosen_outputs(const Tensor& mixed_THA, const Tensor& gate_TH, SparsePlan plan, const ExecuteInput& input) const {
@@ -213,13 +234,13 @@ class MohAttention : public RoutedAttention {
     const Tensor rows_NA = mixed_THA.flatten(0, 1).index_select(0, place_N);
     const Tensor routed_TD = combine_rows(map_pairs(plan, *bank_, rows_NA, input, 3), plan);
     if (!shared_) return routed_TD;
-    return routed_TD.add(outputs(mixed_THA.narrow(1, 0, shared_heads_), gate_TH.narrow(1, 0, shared_heads_), shared_->weight(3)));
+    return routed_TD.add(
+        weighted_outputs(mixed_THA.narrow(1, 0, shared_heads_), gate_TH.narrow(1, 0, shared_heads_), shared_->weight(3)));
   }
 
   // In the order of all_heads(), in float32 or better.
   Tensor gates(const Tensor& x_TD, const SparsePlan& plan) const {
-    const Tensor none_TE = at::zeros({plan.rows, plan.experts}, plan.gate_N.options().requires_grad(false));
-    Tensor chosen_TE = none_TE.index_put({plan.token_N, plan.expert_N}, plan.gate_N);
+    Tensor chosen_TE = gates_at_experts(plan);
     if (normalise_) chosen_TE = chosen_TE.div(chosen_TE.sum(1, /*keepdim=*/true).clamp_min(kNoGate));
     const Tensor count_T1 = plan.slot_TK.ge(0).sum(1, /*keepdim=*/true);
     const Tensor routed_TE = chosen_TE.mul(count_T1);
@@ -264,14 +285,14 @@ class SwitchHeadAttention : public RoutedAttention {
     const HeadPass pass(shape_, walk.in(), cache);
     const GroupedProductGuard products(product_of(values_.front()->settings().execution));
     std::vector<Tensor> values;
-    for (const auto& site : values_) values.push_back(mixture(*site, x_TD, x_TD, walk));
+    for (const auto& site : values_) values.push_back(mixture(*site, x_TD, x_TD, walk, /*of_values=*/true));
     Tensor mixed_THA = at::stack(values, 1);
     const Tensor q_THA = pass.turned(project_heads(x_TD, shared_->weight(0))),
                  k_THA = pass.turned(project_heads(x_TD, shared_->weight(1)));
     if (x_TD.size(0) > 0) mixed_THA = pass.attended(q_THA, k_THA, mixed_THA);
     Tensor y_TD;
     for (size_t h = 0; h < outputs_.size(); ++h) {
-      const Tensor head_TD = mixture(*outputs_[h], x_TD, mixed_THA.select(1, static_cast<int64_t>(h)), walk);
+      const Tensor head_TD = mixture(*outputs_[h], x_TD, mixed_THA.select(1, static_cast<int64_t>(h)), walk, false);
       y_TD = y_TD.defined() ? y_TD.add(head_TD) : head_TD;
     }
     return y_TD;
@@ -297,9 +318,15 @@ class SwitchHeadAttention : public RoutedAttention {
   }
 
   // `decider_TD` decides which experts map `rows`.
-  static Tensor mixture(const MoELayer& site, const Tensor& decider_TD, const Tensor& rows, SiteWalk& walk) {
+  static Tensor mixture(const MoELayer& site, const Tensor& decider_TD, const Tensor& rows, SiteWalk& walk, bool of_values) {
     const RouteOutput routed = walk.decide(site, decider_TD);
     const SparsePlan& plan = sparse_plan(routed);
+    if (maps_all(site)) {
+      const Tensor gate_TE = gates_at_experts(plan), &weight = static_cast<const HeadBank&>(*site.site().bank).weight(0);
+      if (!of_values) return weighted_outputs(rows.unsqueeze(1).expand({-1, plan.experts, -1}), gate_TE, weight);
+      const Tensor value_TEA = project_heads(rows, weight);
+      return value_TEA.mul(gate_TE.to(value_TEA.scalar_type()).unsqueeze(2)).sum(1);
+    }
     return combine_rows(map_pairs(plan, *site.site().bank, dispatch_rows(rows, plan), walk.input(decider_TD)), plan);
   }
 
