@@ -193,7 +193,29 @@ MOELAB_INLINE int64_t largest_of(const int64_t* keys, int64_t count) {
   return largest;
 }
 
-// Chunks of 16 keys with the largest of each: a choice looks at the chunks' largest, then makes one chunk's anew.
+// The largest of a chunk below `bound`, which is one of its keys: no two are equal.
+MOELAB_INLINE int64_t largest_below(const int64_t* keys, int64_t bound) {
+  int64_t largest = kTaken;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < kChunk; ++j) {
+    const int64_t key = keys[j] < bound ? keys[j] : kTaken;
+    largest = key > largest ? key : largest;
+  }
+  return largest;
+}
+
+MOELAB_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One by one: a vector could not be loaded before the entry that was written last has left the processor's store buffer.
+MOELAB_INLINE int64_t largest_top(const int64_t* tops, int64_t count) {
+  int64_t largest = kTaken;
+  for (int64_t c = 0; c < count; c += 4)
+    largest = larger(largest, larger(larger(tops[c], tops[c + 1]), larger(tops[c + 2], tops[c + 3])));
+  return largest;
+}
+
+// Chunks of 16 keys with the largest of each: a choice looks at the chunks' largest, then for the next one of that chunk. Keys
+// stay as they are, for the reason above.
 MOELAB_WIDTHS void chunked_topk(const float* row, int64_t count, int64_t k, int64_t* best) {
   const int64_t chunks = (count + kChunk - 1) / kChunk, tops = (chunks + 3) / 4 * 4;
   alignas(64) int64_t keys[kMostChunks * kChunk], largest[kMostChunks];
@@ -203,9 +225,9 @@ MOELAB_WIDTHS void chunked_topk(const float* row, int64_t count, int64_t k, int6
   std::fill(largest + chunks, largest + tops, kTaken);
   for (int64_t c = 0; c < chunks; ++c) largest[c] = largest_of(keys + c * kChunk, kChunk);
   for (int64_t i = 0; i < k; ++i) {
-    best[i] = static_cast<int64_t>(~static_cast<uint32_t>(largest_of(largest, tops)));
-    keys[best[i]] = kTaken;
-    largest[best[i] / kChunk] = largest_of(keys + best[i] / kChunk * kChunk, kChunk);
+    const int64_t key = largest_top(largest, tops);
+    best[i] = static_cast<int64_t>(~static_cast<uint32_t>(key));
+    largest[best[i] / kChunk] = largest_below(keys + best[i] / kChunk * kChunk, key);
   }
 }
 
