@@ -32,6 +32,7 @@ void require_finite_plan(const Tensor& tensor, const char* name) {
 }
 
 bool contains(const Tensor& flags_TK, bool flag) {
+  if (flags_TK.numel() == 0) return false;  // without rows there may be no memory to look at
   return std::memchr(flags_TK.const_data_ptr<bool>(), flag, static_cast<size_t>(flags_TK.numel())) != nullptr;
 }
 
