@@ -18,11 +18,12 @@ if(MOLD_PROGRAM)
   target_link_options(moelab_flags INTERFACE $<BUILD_INTERFACE:-fuse-ld=mold>)
 endif()
 
-# ccache keys hold paths relative to the checkout, so that two clones share one cache.
+# ccache keys hold paths relative to the checkout, so that two clones share one cache; what a precompiled header defines is told by
+# the headers that it is made of.
 find_program(CCACHE_PROGRAM ccache)
 if(CCACHE_PROGRAM)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_CURRENT_SOURCE_DIR} CCACHE_NOHASHDIR=1
-      ${CCACHE_PROGRAM})
+      CCACHE_SLOPPINESS=pch_defines,time_macros ${CCACHE_PROGRAM})
 endif()
 
 # LibTorch ships newer headers of fmt beside its own. They come first on the path of includes and name symbols that

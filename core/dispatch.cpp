@@ -8,7 +8,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_add.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -45,8 +44,31 @@ Sum dot_product(const Scalar* a, const Scalar* b, int64_t count) {
   return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
+// What the three loops below do, by the library's calls: on other devices. Sums have the same order, and are not atomic either.
+struct ByLibrary {
+  static Tensor gather_pairs(const Tensor& in_TD, const Tensor& token_N, const Tensor& weight_N) {
+    const Tensor rows_ND = in_TD.index_select(0, token_N);
+    return weight_N.defined() ? rows_ND.mul(weight_N.unsqueeze(1)).to(in_TD.scalar_type()) : rows_ND;
+  }
+
+  static Tensor reduce_pairs(const Tensor& in_ND, const Tensor& slot_TK, const Tensor& weight_N) {
+    Tensor sum_TD = at::zeros({slot_TK.size(0), in_ND.size(1)}, in_ND.options().dtype(at::toOpMathType(in_ND.scalar_type())));
+    for (int64_t k = 0; in_ND.size(0) > 0 && k < slot_TK.size(1); ++k) {
+      const Tensor slot_T = slot_TK.select(1, k), there_T = slot_T.clamp_min(0);
+      const Tensor rows_TD = in_ND.index_select(0, there_T).masked_fill(slot_T.lt(0).unsqueeze(1), 0);
+      sum_TD.add_(weight_N.defined() ? rows_TD.mul(weight_N.index_select(0, there_T).unsqueeze(1)) : rows_TD);
+    }
+    return sum_TD.to(in_ND.scalar_type());
+  }
+
+  static Tensor pair_products(const Tensor& a_TD, const Tensor& b_ND, const Tensor& token_N) {
+    return a_TD.index_select(0, token_N).to(at::toOpMathType(b_ND.scalar_type())).mul(b_ND).sum(1);
+  }
+};
+
 // out[n] = weight[n]·in[token[n]]; undefined weights are 1.
 Tensor gather_pairs(const Tensor& in_TD, const Tensor& token_N, const Tensor& weight_N) {
+  if (!in_TD.is_cpu()) return ByLibrary::gather_pairs(in_TD, token_N, weight_N);
   const int64_t pairs = token_N.numel(), width = in_TD.size(1);
   Tensor out_ND = at::empty({pairs, width}, in_TD.options());
   MOELAB_FLOATING(in_TD, "gather_pairs", [&] {
@@ -67,6 +89,7 @@ Tensor gather_pairs(const Tensor& in_TD, const Tensor& token_N, const Tensor& we
 
 // out[t] = Σ_k weight[slot[t,k]]·in[slot[t,k]] over the slots that are not -1, in the order of k; undefined weights are 1.
 Tensor reduce_pairs(const Tensor& in_ND, const Tensor& slot_TK, const Tensor& weight_N) {
+  if (!in_ND.is_cpu()) return ByLibrary::reduce_pairs(in_ND, slot_TK, weight_N);
   const int64_t rows = slot_TK.size(0), choices = slot_TK.size(1), width = in_ND.size(1);
   Tensor out_TD = at::empty({rows, width}, in_ND.options());
   MOELAB_FLOATING(in_ND, "reduce_pairs", [&] {
@@ -93,6 +116,7 @@ Tensor reduce_pairs(const Tensor& in_ND, const Tensor& slot_TK, const Tensor& we
 
 // out[n] = ⟨a[token[n]], b[n]⟩, in float32 or better.
 Tensor pair_products(const Tensor& a_TD, const Tensor& b_ND, const Tensor& token_N) {
+  if (!b_ND.is_cpu()) return ByLibrary::pair_products(a_TD, b_ND, token_N);
   const int64_t pairs = token_N.numel(), width = b_ND.size(1);
   Tensor out_N = at::empty({pairs}, b_ND.options().dtype(at::toOpMathType(b_ND.scalar_type())));
   MOELAB_FLOATING(b_ND, "pair_products", [&] {
@@ -139,20 +163,19 @@ struct CombineRows : torch::autograd::Function<CombineRows> {
 
 }  // namespace
 
+// Plans lie on the CPU; rows and gates may lie elsewhere.
 Tensor dispatch_rows(const Tensor& x_TD, const SparsePlan& plan) {
   check_invariant(x_TD.size(0) == plan.rows, "dispatch_rows: the plan was made for another number of rows");
-  if (!x_TD.is_cpu()) return x_TD.index_select(0, plan.token_N);
-  return DispatchRows::apply(x_TD.contiguous(), plan.token_N.contiguous(), plan.slot_TK.contiguous());
+  const at::Device device = x_TD.device();
+  return DispatchRows::apply(x_TD.contiguous(), plan.token_N.to(device).contiguous(), plan.slot_TK.to(device).contiguous());
 }
 
 Tensor combine_rows(const Tensor& rows_ND, const SparsePlan& plan) {
   check_invariant(rows_ND.size(0) == plan.token_N.numel(), "combine_rows: one row per pair expected");
-  const Tensor gate_N = plan.gate_N.to(at::toOpMathType(rows_ND.scalar_type()));
-  if (!rows_ND.is_cpu()) {
-    const Tensor weighted_ND = rows_ND.mul(gate_N.unsqueeze(1)).to(rows_ND.scalar_type());
-    return at::zeros({plan.rows, rows_ND.size(1)}, rows_ND.options()).index_add(0, plan.token_N, weighted_ND);
-  }
-  return CombineRows::apply(rows_ND.contiguous(), gate_N.contiguous(), plan.token_N.contiguous(), plan.slot_TK.contiguous());
+  const at::Device device = rows_ND.device();
+  const Tensor gate_N = plan.gate_N.to(at::toOpMathType(rows_ND.scalar_type())).contiguous();
+  return CombineRows::apply(rows_ND.contiguous(), gate_N, plan.token_N.to(device).contiguous(),
+                            plan.slot_TK.to(device).contiguous());
 }
 
 }  // namespace moelab

@@ -42,7 +42,7 @@ Tensor run_groups(const SlotMatrices& slots, const ExpertBank& bank, const Tenso
   const int64_t groups = slots.mixture_GE.defined() ? slots.mixture_GE.size(0) : bank.experts();
   std::vector<Tensor> outputs, members;
   for (int64_t g = 0; g < groups; ++g) {
-    members.push_back(indices_of(slots.group_J.eq(g)));
+    members.push_back(indices_of(slots.group_J.eq(g)).to(inputs_JD.device()));
     outputs.push_back(run_group(slots, bank, g, inputs_JD.index_select(0, members.back())));
   }
   return at::cat(outputs).index_select(0, at::argsort(at::cat(members)));
@@ -68,7 +68,7 @@ Tensor evaluate(const SlotMatrices& slots, const ExpertBank& bank, const Tensor&
 
 Tensor reference_sparse(const SparsePlan& plan, const ExpertBank& bank, const ExecuteInput& input) {
   const Tensor row_T1 = at::arange(plan.rows, plan.token_N.options()).unsqueeze(1);
-  const Tensor read_TJ = row_T1.eq(plan.token_N.unsqueeze(0)).to(plan.gate_N.scalar_type());
+  const Tensor read_TJ = row_T1.eq(plan.token_N.unsqueeze(0)).to(plan.gate_N.device(), plan.gate_N.scalar_type());
   return evaluate({.read_TJ = read_TJ, .group_J = plan.expert_N, .mixture_GE = {}, .write_TJ = read_TJ.mul(plan.gate_N)}, bank,
                   input.x_TD, &plan, input);
 }
@@ -103,8 +103,8 @@ Tensor reference_soft(const SoftPlan& plan, const ExpertBank& bank, const Execut
 }
 
 Tensor soft_noise(const SoftPlan& plan, const Tensor& row_M, const Tensor& like_MS) {
-  if (plan.noise_TS.defined()) return plan.noise_TS.narrow(1, 0, like_MS.size(1)).index_select(0, row_M).to(like_MS);
   const Tensor rows = row_M.cpu();
+  if (plan.noise_TS.defined()) return plan.noise_TS.cpu().narrow(1, 0, like_MS.size(1)).index_select(0, rows).to(like_MS);
   return normal_rows(plan.noise_key, plan.sequence_key_T.index_select(0, rows), plan.position_T.index_select(0, rows),
                      like_MS.size(1), like_MS.scalar_type()).to(like_MS.device());
 }

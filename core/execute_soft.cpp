@@ -51,7 +51,7 @@ BlockNoise noise_of(const SoftSequence& sequence) {
   const SoftPlan& plan = *sequence.plan;
   if (plan.noise_std <= 0) return {};
   const Tensor rows = sequence.row_M.cpu();
-  if (plan.noise_TS.defined()) return {plan.noise_std, plan.noise_TS.index_select(0, sequence.row_M), {}, {}, {}};
+  if (plan.noise_TS.defined()) return {plan.noise_std, plan.noise_TS.cpu().index_select(0, rows), {}, {}, {}};
   return {plan.noise_std, {}, plan.noise_key, plan.sequence_key_T.index_select(0, rows), plan.position_T.index_select(0, rows)};
 }
 

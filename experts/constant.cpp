@@ -42,8 +42,9 @@ class ConstantBank : public ExpertBank {
   }
 
   // The same without a row per pair: each row's weights on itself and on the vectors are summed first. As many products of a row
-  // as there are experts, two numbers long each, cost less than the copies.
+  // as there are experts, two numbers long each, cost less than the copies. On other devices index_add has no fixed order.
   Tensor forward_layer(const ExpertContext& context) const override {
+    if (!context.input_TD.is_cpu()) return {};
     const SparsePlan& plan = *context.plan;
     const Tensor& x_TD = context.input_TD;
     const int64_t experts = v_ED_.size(0);

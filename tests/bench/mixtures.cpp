@@ -1,9 +1,13 @@
-// Soft and merge plans beside the matrix products that they are made of. float32, forward with backward.
+// Soft and merge plans beside the matrix products that they are made of, and low-rank experts beside what they spare. float32,
+// forward with backward.
 //
-//   soft/products    logits, dispatch, experts, combine and their gradients as bare products of whole matrices
-//   merge/on_graph   one merged copy per group, all of them kept for the backward pass
+//   soft_products    logits, dispatch, experts, combine and their gradients as bare products of whole matrices
+//   merge_on_graph   one merged copy per group, all of them kept for the backward pass
+//   lora_merged      each expert's weights made as one matrix, base and adapter added up
+//   lora_base        the frozen feed-forward layer alone, once per row
 #include "bench_support.h"
 
+#include "core/adapters.h"
 #include "core/error.h"
 #include "core/execute.h"
 
@@ -18,14 +22,14 @@ using namespace moelab::bench;
 
 namespace {
 
-std::shared_ptr<ExpertBank> gelu_bank(int64_t width, int64_t experts, int64_t hidden) {
-  const OptionSpecs& specs = Registry<ExpertEntry>::instance().find("ffn").options;
+std::shared_ptr<ExpertBank> gelu_bank(int64_t width, int64_t experts, int64_t hidden, const std::string& kind = "ffn") {
+  const OptionSpecs& specs = Registry<ExpertEntry>::instance().find(kind).options;
   Options options(specs);
   for (const OptionSpec& spec : specs) {
     if (spec.name == "activation") options.set(spec, std::string("gelu"));
     if (spec.name == "width") options.set(spec, hidden);
   }
-  return make_experts("ffn", {.width = width, .experts = experts, .dtype = at::kFloat, .init = random_key(1, "experts"),
+  return make_experts(kind, {.width = width, .experts = experts, .dtype = at::kFloat, .init = random_key(1, "experts"),
                               .output_scale = 1, .options = options});
 }
 
@@ -122,6 +126,63 @@ void add_merge(Suite& suite, int64_t groups, int64_t rows, int64_t width, int64_
                      .denominator = "merge_on_graph/" + tail, .above = false, .of_peaks = true});
 }
 
+// Feed-forward experts of rank 8 on one frozen layer, two of them per row, whose gates sum to one.
+Mixture lora_mixture(int64_t rows, int64_t width, int64_t hidden, int64_t experts) {
+  Mixture m{gelu_bank(width, experts, hidden, "lora"), {}, values("x", {rows, width}), values("grad", {rows, width}).detach()};
+  const at::NoGradGuard no_grad;
+  for (const NamedTensor& entry : m.bank->parameters())  // the second factors begin at zero
+    if (entry.name.ends_with("_b")) entry.tensor.copy_(values(entry.name.c_str(), entry.tensor.sizes(), 0.02));
+  const Tensor first_T = at::arange(rows).remainder(experts), step_T = at::arange(rows).floor_divide(experts).remainder(experts - 1);
+  const Tensor choice_TK = at::stack({first_T, first_T.add(step_T).add(1).remainder(experts)}, 1);
+  const Tensor all_TK = at::ones({rows, 2}, at::kBool);
+  const Tensor gate_TK = values("gate", {rows, 2}).softmax(1);
+  m.plan = make_sparse_plan({choice_TK, all_TK, all_TK.logical_not()}, gate_TK.requires_grad_(), experts);
+  return m;
+}
+
+Tensor lora_output(const Mixture& m) { return m.bank->run(m.plan, {.x_TD = m.x_TD}); }
+
+Tensor merged_output(const Mixture& m) {
+  const auto& plan = std::get<SparsePlan>(m.plan);
+  const auto& adapters = dynamic_cast<const AdapterBank&>(*m.bank);
+  const std::vector<NamedTensor> base = m.bank->base()->parameters();
+  const Tensor rows_ND = dispatch_rows(m.x_TD, plan);
+  const auto* offset = plan.offsets_E1.const_data_ptr<int64_t>();
+  std::vector<Tensor> outputs;
+  for (int64_t e = 0; e < plan.experts; ++e) {
+    const std::vector<Tensor> more = adapters.dense_deltas(e);
+    const Tensor in = base[0].tensor[0].add(more[0]), out = base[1].tensor[0].add(more[1]);
+    outputs.push_back(at::linear(at::gelu(at::linear(rows_ND.narrow(0, offset[e], offset[e + 1] - offset[e]), in)), out));
+  }
+  return combine_rows(at::cat(outputs), plan);
+}
+
+Tensor base_output(const Mixture& m) {
+  const std::vector<NamedTensor> base = m.bank->base()->parameters();
+  return at::linear(at::gelu(at::linear(m.x_TD, base[0].tensor[0])), base[1].tensor[0]);
+}
+
+void add_lora(Suite& suite, int64_t rows, int64_t width, int64_t hidden, int64_t experts) {
+  const auto m = std::make_shared<const Mixture>(lora_mixture(rows, width, hidden, experts));
+  check_close(lora_output(*m), merged_output(*m), "lora");
+  const std::string tail = fmt::format("fwd_bwd/T{}_d{}_f{}_E{}_k2_r8/threads1", rows, width, hidden, experts);
+  const auto line = [&](const char* name, Tensor (*output)(const Mixture&)) {
+    const auto once = [=] {
+      output(*m).backward(m->grad_y_TD, /*retain_graph=*/true);
+      m->bank->zero_grad();
+      m->x_TD.mutable_grad() = Tensor();
+    };
+    suite.add(Line{.name = name + ("/" + tail), .work = once, .threads = 1});
+  };
+  line("lora", lora_output);
+  line("lora_merged", merged_output);
+  line("lora_base", base_output);
+  suite.add(RatioRow{"lora, " + tail + ": merged weights over the layer", "lora_merged/" + tail, "lora/" + tail, 0, true});
+  suite.add(RatioRow{"lora, " + tail + ": the layer over its base", "lora/" + tail, "lora_base/" + tail, 0, false});
+  suite.add(RatioRow{.what = "lora, " + tail + ": peak bytes over those with merged weights", .numerator = "lora/" + tail,
+                     .denominator = "lora_merged/" + tail, .above = false, .of_peaks = true});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -129,5 +190,6 @@ int main(int argc, char** argv) {
   add_soft(suite, 1024, 256, 1024, 64, 16);
   add_soft(suite, 4096, 256, 1024, 64, 4);
   add_merge(suite, 16, 4096, 256, 1024, 8);
+  add_lora(suite, 4096, 256, 1024, 8);
   return suite.run(argc, argv);
 }

@@ -1,10 +1,8 @@
-// bfloat16 executors against a running bound (bfloat_bounds.h): every entry of y and of every gradient stays within what the
+// bfloat16 executors against a running bound (tests/support/bfloat_bounds.h): every entry of y and of every gradient stays within what the
 // roundings on its way can do.
-#include "bfloat_bounds.h"
-#include "execute_support.h"
+#include "bfloat_cases.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <catch2/catch_test_macros.hpp>
 
 using namespace moelab;
@@ -12,50 +10,7 @@ using namespace moelab::testing;
 
 namespace {
 
-constexpr int64_t kWidth = 16, kHidden = 32, kExperts = 4;
 constexpr int kPlans = 20;  // of each form
-
-// One plan in two precisions: leaves and rows of `high` are those of `low`, exactly.
-struct TwoCases {
-  PlanCase low, high;
-};
-
-// Leaves are what the plan holds: the gates of its pairs, alpha.
-TwoCases two_cases(std::mt19937_64& draw, PlanForm form, int i) {
-  PlanCase low = form == PlanForm::kSparse ? sparse_case(draw, i, kExperts, kWidth, at::kFloat)
-                 : form == PlanForm::kSoft ? soft_case(draw, i, kExperts, kWidth, at::kFloat)
-                                           : merge_case(draw, i, kExperts, kWidth, at::kFloat);
-  low.x_TD = low.x_TD.detach().to(at::kBFloat16).requires_grad_();
-  if (auto* soft = std::get_if<SoftPlan>(&low.plan)) soft->noise_std = 0;
-  cut_at_plan(low);
-  return {low, in_double(low)};
-}
-
-// A bank of the same weights in float64.
-std::unique_ptr<ExpertBank> high_bank(const ExpertBank& low, const char* activation) {
-  auto high = ffn_bank(kWidth, kExperts, kHidden, activation, true, at::kDouble);
-  copy_parameters(low, *high);
-  return high;
-}
-
-struct Reached {
-  double worst = 0;  // the largest share of its bound that an entry uses up; infinite for NaN
-  double error = 0;  // the largest relative error of a tensor
-};
-
-Reached reached(const std::vector<Tensor>& found, const std::vector<Bounded>& bounds) {
-  Reached all;
-  REQUIRE(found.size() == bounds.size());
-  for (size_t i = 0; i < found.size(); ++i) {
-    if (found[i].numel() == 0) continue;
-    REQUIRE(found[i].sizes() == bounds[i].value.sizes());
-    const Tensor error = found[i].to(at::kDouble).sub(bounds[i].value).abs();
-    const double share = error.div(bounds[i].error.add(1e-30)).max().item<double>();
-    all.worst = std::isnan(share) ? std::numeric_limits<double>::infinity() : std::max(all.worst, share);
-    all.error = std::max(all.error, relative_error(found[i], bounds[i].value));
-  }
-  return all;
-}
 
 // Twenty plans of one form by every executor; gives the largest shares that were met.
 Reached check_form(PlanForm form) {
@@ -65,7 +20,7 @@ Reached check_form(PlanForm form) {
   for (int i = 0; i < kPlans; ++i) {
     const char* activation = activations[i / 5];  // each with every kind of plan
     const TwoCases at = two_cases(draw, form, i);
-    const auto low = ffn_bank(kWidth, kExperts, kHidden, activation, true, at::kBFloat16, 1 + i),
+    const auto low = low_bank(activation, 1 + i),
                high = high_bank(*low, activation);
     const Tensor grad_y_TD = random_leaf(draw, at.low.x_TD.sizes().vec(), at::kBFloat16, false);
     const auto bounds = bfloat_bounds(at.high.plan, *high, activation, at.high.x_TD, grad_y_TD);
@@ -101,7 +56,7 @@ TEST_CASE("bfloat16 executors stay within the bound of their roundings, and use 
 TEST_CASE("the bound finds a bias that is left out and a gate that is doubled") {
   std::mt19937_64 draw(19);
   const TwoCases at = two_cases(draw, PlanForm::kSparse, 0);
-  const auto low = ffn_bank(kWidth, kExperts, kHidden, "gelu", true, at::kBFloat16), high = high_bank(*low, "gelu");
+  const auto low = low_bank("gelu"), high = high_bank(*low, "gelu");
   const Tensor grad_y_TD = random_leaf(draw, at.low.x_TD.sizes().vec(), at::kBFloat16, false);
   const auto bounds = bfloat_bounds(at.high.plan, *high, "gelu", at.high.x_TD, grad_y_TD);
   CHECK(reached(outcomes(at.low, *low, grad_y_TD, kUses[0]), bounds).worst <= 1);

@@ -162,16 +162,21 @@ inline void cut_at_plan(PlanCase& at) {
   if (auto* sparse = std::get_if<SparsePlan>(&at.plan)) at.leaves = {sparse->gate_N = sparse->gate_N.detach().requires_grad_()};
 }
 
-// The same numbers in double. The plan is cut and draws no noise, which depends on the precision.
+// The same case with other leaves, convert(leaf) in the place of each. The plan is cut and draws no noise, which depends on the
+// precision.
+template <class Convert>
+PlanCase converted(const PlanCase& from, Convert convert) {
+  PlanCase to{from.plan, convert(from.x_TD), {}};
+  for (const Tensor& one : from.leaves) to.leaves.push_back(convert(one));
+  if (auto* soft = std::get_if<SoftPlan>(&to.plan))
+    soft->key_SD = to.leaves[0], soft->scale = to.leaves[1], soft->query_TD = to.leaves[2];
+  if (auto* merge = std::get_if<MergePlan>(&to.plan)) merge->alpha_GE = to.leaves[0];
+  if (auto* sparse = std::get_if<SparsePlan>(&to.plan)) sparse->gate_N = to.leaves[0];
+  return to;
+}
+
 inline PlanCase in_double(const PlanCase& low) {
-  const auto leaf = [](const Tensor& t) { return t.detach().to(at::kDouble).requires_grad_(); };
-  PlanCase high{low.plan, leaf(low.x_TD), {}};
-  for (const Tensor& one : low.leaves) high.leaves.push_back(leaf(one));
-  if (auto* soft = std::get_if<SoftPlan>(&high.plan))
-    soft->key_SD = high.leaves[0], soft->scale = high.leaves[1], soft->query_TD = high.leaves[2];
-  if (auto* merge = std::get_if<MergePlan>(&high.plan)) merge->alpha_GE = high.leaves[0];
-  if (auto* sparse = std::get_if<SparsePlan>(&high.plan)) sparse->gate_N = high.leaves[0];
-  return high;
+  return converted(low, [](const Tensor& t) { return t.detach().to(at::kDouble).requires_grad_(); });
 }
 
 // Gives `to` the parameters of `from`, the base's too.

@@ -1,4 +1,4 @@
-#include "bfloat_bounds.h"
+#include "tests/support/bfloat_bounds.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
