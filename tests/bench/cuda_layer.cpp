@@ -1,5 +1,5 @@
-// The layer of SwiGLU experts on a CUDA device, bfloat16, forward with backward, of a given plan: what each kind of product takes,
-// beside the dense layer of the same active width. Prints why where there is no device.
+// The layer of SwiGLU experts on a CUDA device, bfloat16, forward with backward, of a given plan: what each kind of product
+// takes, beside the dense layer of the same active width. Prints why where there is no device.
 #include "bench_support.h"
 #include "tests/cuda/device.h"
 
@@ -34,8 +34,12 @@ std::shared_ptr<ExpertBank> swiglu_bank(const Shape& shape) {
     if (spec.name == "activation") options.set(spec, std::string("swiglu"));
     if (spec.name == "width") options.set(spec, shape.hidden);
   }
-  std::shared_ptr<ExpertBank> bank = make_experts("ffn", {.width = shape.width, .experts = shape.experts, .dtype = at::kBFloat16,
-                                                          .init = random_key(1, "experts"), .output_scale = 1, .options = options});
+  std::shared_ptr<ExpertBank> bank = make_experts("ffn", {.width = shape.width,
+                                                          .experts = shape.experts,
+                                                          .dtype = at::kBFloat16,
+                                                          .init = random_key(1, "experts"),
+                                                          .output_scale = 1,
+                                                          .options = options});
   testing::move_to_cuda(*bank);
   return bank;
 }
@@ -51,7 +55,9 @@ SparsePlan even_plan(const Shape& shape) {
 
 struct Layer {
   explicit Layer(const Shape& shape)
-      : bank(swiglu_bank(shape)), plan(even_plan(shape)), x_TD(on_device("x", {shape.rows, shape.width})),
+      : bank(swiglu_bank(shape)),
+        plan(even_plan(shape)),
+        x_TD(on_device("x", {shape.rows, shape.width})),
         grad_TD(on_device("grad", {shape.rows, shape.width}).detach()),
         gate_FD(on_device("gate", {shape.k * shape.hidden, shape.width}, 0.02)),
         up_FD(on_device("up", {shape.k * shape.hidden, shape.width}, 0.02)),
@@ -76,16 +82,16 @@ struct Layer {
 void add_shape(Suite& suite, const Shape& shape) {
   const auto layer = std::make_shared<const Layer>(shape);
   const auto line = [&](const std::string& name, std::function<void()> work) {
-    suite.add(Line{.name = fmt::format("{}/fwd_bwd/{}/cuda", name, shape.name()), .work = std::move(work),
+    suite.add(Line{.name = fmt::format("{}/fwd_bwd/{}/cuda", name, shape.name()),
+                   .work = std::move(work),
                    .counters = {{"flops", shape.flops()}}});
   };
-  for (const char* word : {"auto", "loop", "bmm"})
-    line(word, [=] { layer->backward(layer->routed(execution_of(word))); });
+  for (const char* word : {"auto", "loop", "bmm"}) line(word, [=] { layer->backward(layer->routed(execution_of(word))); });
   line("dense", [=] { layer->backward(layer->dense()); });
   for (const char* other : {"loop", "bmm", "dense"})
     suite.add(RatioRow{fmt::format("{} fwd_bwd, bfloat16 on CUDA: {} over auto", shape.name(), other),
-                       fmt::format("{}/fwd_bwd/{}/cuda", other, shape.name()),
-                       fmt::format("auto/fwd_bwd/{}/cuda", shape.name()), 0, true});
+                       fmt::format("{}/fwd_bwd/{}/cuda", other, shape.name()), fmt::format("auto/fwd_bwd/{}/cuda", shape.name()),
+                       0, true});
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // forward with backward.
 //
 //   soft_products    logits, dispatch, experts, combine and their gradients as bare products of whole matrices
+//   soft_again       the same and the three products of logits that a layer without a matrix of rows × slots makes again
 //   merge_on_graph   one merged copy per group, all of them kept for the backward pass
 //   lora_merged      each expert's weights made as one matrix, base and adapter added up
 //   lora_base        the frozen feed-forward layer alone, once per row
@@ -60,7 +61,7 @@ Mixture soft_mixture(int64_t rows, int64_t width, int64_t hidden, int64_t expert
 }
 
 // The products alone, on matrices that are there: logits, D, C and what their gradients need.
-void soft_products(const Mixture& m) {
+void soft_products(const Mixture& m, bool again) {
   const at::NoGradGuard no_grad;
   const auto& plan = std::get<SoftPlan>(m.plan);
   const Tensor key_SD = plan.key_SD.detach(), x = m.x_TD.detach(), logits_TS = x.mm(key_SD.t());
@@ -76,6 +77,7 @@ void soft_products(const Mixture& m) {
                              logits_TS.mm(slots_SD),
                              logits_TS.mm(key_SD), logits_TS.t().mm(x)})
     benchmark::DoNotOptimize(done);
+  for (int i = 0; again && i < 3; ++i) benchmark::DoNotOptimize(x.mm(key_SD.t()));
 }
 
 Mixture merge_mixture(int64_t groups, int64_t rows, int64_t width, int64_t hidden, int64_t experts) {
@@ -102,9 +104,14 @@ void add_soft(Suite& suite, int64_t rows, int64_t width, int64_t hidden, int64_t
   const double flops = 3 * (6.0 * static_cast<double>(rows) + 4.0 * static_cast<double>(hidden)) *
                        static_cast<double>(experts * slots * width);
   suite.add(Line{.name = "soft/" + tail, .work = [=] { m->once(); }, .threads = 1, .counters = {{"flops", flops}}});
-  suite.add(
-      Line{.name = "soft_products/" + tail, .work = [=] { soft_products(*m); }, .threads = 1, .counters = {{"flops", flops}}});
+  for (const bool again : {false, true})
+    suite.add(Line{.name = (again ? "soft_again/" : "soft_products/") + tail,
+                   .work = [=] { soft_products(*m, again); },
+                   .threads = 1,
+                   .counters = {{"flops", flops}}});
   suite.add(RatioRow{"soft, " + tail + ": its products over the layer", "soft_products/" + tail, "soft/" + tail, 0.8, true});
+  suite.add(RatioRow{"soft, " + tail + ": products with logits made again over the layer", "soft_again/" + tail, "soft/" + tail,
+                     0, true});
 }
 
 void add_merge(Suite& suite, int64_t groups, int64_t rows, int64_t width, int64_t hidden, int64_t experts) {
@@ -132,7 +139,8 @@ Mixture lora_mixture(int64_t rows, int64_t width, int64_t hidden, int64_t expert
   const at::NoGradGuard no_grad;
   for (const NamedTensor& entry : m.bank->parameters())  // the second factors begin at zero
     if (entry.name.ends_with("_b")) entry.tensor.copy_(values(entry.name.c_str(), entry.tensor.sizes(), 0.02));
-  const Tensor first_T = at::arange(rows).remainder(experts), step_T = at::arange(rows).floor_divide(experts).remainder(experts - 1);
+  const Tensor first_T = at::arange(rows).remainder(experts),
+               step_T = at::arange(rows).floor_divide(experts).remainder(experts - 1);
   const Tensor choice_TK = at::stack({first_T, first_T.add(step_T).add(1).remainder(experts)}, 1);
   const Tensor all_TK = at::ones({rows, 2}, at::kBool);
   const Tensor gate_TK = values("gate", {rows, 2}).softmax(1);

@@ -67,8 +67,12 @@ int sweep(const std::string& name, const DrawParts& draw_parts, PlanForm form) {
     const at::ScalarType dtype = i % 2 == 0 ? at::kDouble : at::kFloat;
     const int64_t experts = between(draw, i % 10 == 0 ? 1 : 2, 6);
     const std::vector<PartCase> parts = draw_parts(draw, experts);
-    DeviceCase one{name + ", " + to_string(form) + " plan " + std::to_string(i), {}, mixed_bank(parts, kRowWidth, dtype),
-                   mixed_bank(parts, kRowWidth, at::kDouble), mixed_bank(parts, kRowWidth, dtype), {}};
+    DeviceCase one{name + ", " + to_string(form) + " plan " + std::to_string(i),
+                   {},
+                   mixed_bank(parts, kRowWidth, dtype),
+                   mixed_bank(parts, kRowWidth, at::kDouble),
+                   mixed_bank(parts, kRowWidth, dtype),
+                   {}};
     if (!one.bank->refuses(form).empty()) continue;
     ++taken;
     shake(draw, *one.bank);
@@ -150,7 +154,8 @@ TEST_CASE("CUDA: the library's grouped product gives what a product per expert g
   NEEDS_CUDA();
   std::mt19937_64 draw(6);
   const SparseCase sparse = random_sparse_case(draw, 4096, 64, 2, 0.1, at::kFloat);
-  const Tensor x_ND = random_leaf(draw, {sparse.plan.token_N.numel(), 256}, at::kBFloat16).detach().to(at::kCUDA).requires_grad_();
+  const Tensor x_ND =
+      random_leaf(draw, {sparse.plan.token_N.numel(), 256}, at::kBFloat16).detach().to(at::kCUDA).requires_grad_();
   const Tensor weight_EOD = random_leaf(draw, {64, 512, 256}, at::kBFloat16).detach().to(at::kCUDA).requires_grad_();
   const Tensor grad_NO = random_leaf(draw, {x_ND.size(0), 512}, at::kBFloat16, false).to(at::kCUDA);
   const auto values = [&](GroupedProduct product) {
@@ -161,5 +166,6 @@ TEST_CASE("CUDA: the library's grouped product gives what a product per expert g
     return std::vector<Tensor>{y_NO.detach(), x_ND.grad(), weight_EOD.grad()};
   };
   const auto grouped = values(GroupedProduct::kGrouped), loop = values(GroupedProduct::kLoop);
-  for (size_t i = 0; i < loop.size(); ++i) CHECK(relative_error(grouped[i].cpu(), loop[i].cpu()) < 0x1p-7);  // one step of bfloat16
+  for (size_t i = 0; i < loop.size(); ++i)
+    CHECK(relative_error(grouped[i].cpu(), loop[i].cpu()) < 0x1p-7);  // one step of bfloat16
 }

@@ -1,5 +1,5 @@
-// bfloat16 executors against a running bound (tests/support/bfloat_bounds.h): every entry of y and of every gradient stays within what the
-// roundings on its way can do.
+// bfloat16 executors against a running bound (tests/support/bfloat_bounds.h): every entry of y and of every gradient stays
+// within what the roundings on its way can do.
 #include "bfloat_cases.h"
 
 #include <ATen/ATen.h>

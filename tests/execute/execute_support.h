@@ -162,8 +162,8 @@ inline void cut_at_plan(PlanCase& at) {
   if (auto* sparse = std::get_if<SparsePlan>(&at.plan)) at.leaves = {sparse->gate_N = sparse->gate_N.detach().requires_grad_()};
 }
 
-// The same case with other leaves, convert(leaf) in the place of each. The plan is cut and draws no noise, which depends on the
-// precision.
+// The same case with other leaves, convert(leaf) in the place of each. The plan is cut, and draws no noise where the precision
+// changes.
 template <class Convert>
 PlanCase converted(const PlanCase& from, Convert convert) {
   PlanCase to{from.plan, convert(from.x_TD), {}};

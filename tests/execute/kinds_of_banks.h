@@ -1,5 +1,5 @@
-// Banks of every kind of experts for sweeps: those registered, each in all its settings; beside them unequal widths and banks that
-// mix kinds. And a plan of every form for them.
+// Banks of every kind of experts for sweeps: those registered, each in all its settings; beside them unequal widths and banks
+// that mix kinds. And a plan of every form for them.
 #pragma once
 
 #include "execute_support.h"
@@ -28,7 +28,8 @@ inline std::vector<GivenOptions> settings_of(const ExpertEntry& entry) {
 inline PartCase part_of_kind(std::mt19937_64& draw, const ExpertEntry& entry, int64_t experts) {
   const std::vector<GivenOptions> all = settings_of(entry);
   PartCase part{entry.name, experts, all[static_cast<size_t>(between(draw, 0, static_cast<int64_t>(all.size()) - 1))]};
-  if (Options(entry.options).declared("width") && !part.options.contains("width")) part.options["width"] = 4 * between(draw, 1, 3);
+  if (Options(entry.options).declared("width") && !part.options.contains("width"))
+    part.options["width"] = 4 * between(draw, 1, 3);
   return part;
 }
 

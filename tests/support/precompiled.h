@@ -1,4 +1,4 @@
-// What clean builds compile once for all tests (tests/CMakeLists.txt). Nothing of ours: a changed header must not rebuild all of them.
+// What clean builds compile once for all tests (tests/CMakeLists.txt). Nothing of ours: a changed header must not rebuild all.
 #pragma once
 
 #include "tests/support/check_macro.h"
