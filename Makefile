@@ -3,7 +3,7 @@ BUILD := build
 JOBS  := $(shell nproc)
 export CTEST_OUTPUT_ON_FAILURE = 1
 
-.PHONY: quickstart configure program build test test-long bench bench-report lint asan docs setup clean
+.PHONY: quickstart configure program build tests test test-long bench bench-report lint asan docs setup clean
 
 quickstart: program ## install, build, train on real text, print the verdict and where everything lies
 	$(BUILD)/moelab data prepare kjv
@@ -22,7 +22,10 @@ program: configure  ## the program alone, at build/moelab: a third of the whole 
 build: configure    ## the program, the tests and the benchmarks
 	cmake --build --preset release -j $(JOBS)
 
-test: build         ## what CI runs
+tests: configure    ## the program and the tests, without the benchmarks
+	cmake --build --preset release -j $(JOBS) --target moelab_tests
+
+test: tests         ## what CI runs
 	cd $(BUILD) && ctest --no-tests=error -j $(JOBS)
 	@$(BUILD)/tests/test_cuda 'CUDA: * twice' --reporter compact | grep skipped || true  # why, where ctest skipped them
 	scripts/check_docs.sh $(BUILD)/moelab

@@ -73,7 +73,7 @@ struct Lines {
   std::string name(const std::string& what) const {
     return fmt::format("{}/{}/{}{}/threads{}", what, pass, f->shape.name(), keep ? "" : "/returned", threads);
   }
-  void add(const std::string& what, std::function<void()> work, int repetitions = 7) const {
+  void add(const std::string& what, std::function<void()> work, int repetitions = 5) const {
     const double scale = pass == "fwd" ? 1 : 3;
     const Shape& s = f->shape;
     suite.add(Line{.name = name(what), .work = std::move(work), .threads = threads, .keep_memory = keep,
@@ -81,7 +81,7 @@ struct Lines {
                    .counters = {{"flops", scale * s.flops()}, {"bytes", s.minimal_bytes()},
                                 {"rows_per_expert", static_cast<double>(s.rows_per_expert())}}});
   }
-  void add_output(const std::string& what, Output output, int repetitions = 7) const {
+  void add_output(const std::string& what, Output output, int repetitions = 5) const {
     const FixturePtr shared = f;
     if (pass == "fwd") add(what, [=] { forward_once(shared, output); }, repetitions);
     else add(what, [=] { both_once(shared, output); }, repetitions);
