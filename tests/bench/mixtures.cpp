@@ -104,11 +104,12 @@ void add_soft(Suite& suite, int64_t rows, int64_t width, int64_t hidden, int64_t
   const double flops = 3 * (6.0 * static_cast<double>(rows) + 4.0 * static_cast<double>(hidden)) *
                        static_cast<double>(experts * slots * width);
   suite.add(Line{.name = "soft/" + tail, .work = [=] { m->once(); }, .threads = 1, .counters = {{"flops", flops}}});
+  const double logits_flops = 2.0 * static_cast<double>(rows * experts * slots * width);
   for (const bool again : {false, true})
     suite.add(Line{.name = (again ? "soft_again/" : "soft_products/") + tail,
                    .work = [=] { soft_products(*m, again); },
                    .threads = 1,
-                   .counters = {{"flops", flops}}});
+                   .counters = {{"flops", flops + (again ? 3 * logits_flops : 0)}}});
   suite.add(RatioRow{"soft, " + tail + ": its products over the layer", "soft_products/" + tail, "soft/" + tail, 0.8, true});
   suite.add(RatioRow{"soft, " + tail + ": products with logits made again over the layer", "soft_again/" + tail, "soft/" + tail,
                      0, true});
