@@ -44,6 +44,8 @@ if(NOT TARGET moelab_torch::torch)
   target_include_directories(moelab_torch::torch SYSTEM INTERFACE
     "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include")
   target_link_libraries(moelab_torch::torch INTERFACE moelab_torch::torch_cpu moelab_torch::c10)
+  # LibTorch's libraries are built with NDEBUG, and members of its classes depend on it: at::RecordFunction has one more without.
+  target_compile_definitions(moelab_torch::torch INTERFACE NDEBUG)
   # The wheel's NVIDIA runtime libraries are found by its own run path; the linker must not insist on seeing them.
   target_link_options(moelab_torch::torch INTERFACE -Wl,--allow-shlib-undefined)
 endif()

@@ -19,6 +19,10 @@
 #include <filesystem>
 #include <unistd.h>
 
+#ifndef NDEBUG
+#error "LibTorch is built with NDEBUG; without it at::RecordFunction, read below, has another layout"
+#endif
+
 namespace moelab {
 namespace {
 
