@@ -16,6 +16,8 @@
 #include <cstring>
 #include <fstream>
 #include <iostream>
+#include <regex>
+#include <string_view>
 
 namespace moelab::bench {
 namespace {
@@ -41,9 +43,24 @@ double seconds_of(const benchmark::BenchmarkReporter::Run& run) {
   return one ? run.cpu_accumulated_time : run.real_accumulated_time;
 }
 
+// Keeps the numbers of all groups, shows them, and writes them as JSON where a file is named.
 class KeepingReporter : public benchmark::ConsoleReporter {
  public:
-  KeepingReporter() : ConsoleReporter(OO_Tabular) {}
+  explicit KeepingReporter(const std::string& json_file) : ConsoleReporter(OO_Tabular) {
+    if (json_file.empty()) return;
+    file_.open(json_file);
+    check_invariant(file_.good(), "cannot write " + json_file);
+    json_.SetOutputStream(&file_);
+  }
+  bool ReportContext(const Context& context) override {
+    if (!first_group_) return true;
+    first_group_ = false;
+    return (!file_.is_open() || json_.ReportContext(context)) && ConsoleReporter::ReportContext(context);
+  }
+  void Finalize() override {}  // Google Benchmark calls it after every group
+  void finish() {
+    if (file_.is_open()) json_.Finalize();
+  }
   void ReportRuns(const std::vector<Run>& runs) override {
     for (const Run& run : runs) {
       if (run.run_type != Run::RT_Iteration) continue;
@@ -51,6 +68,7 @@ class KeepingReporter : public benchmark::ConsoleReporter {
       peaks_[run.run_name.function_name].push_back(run.counters.at("peak_bytes"));
     }
     ConsoleReporter::ReportRuns(runs);
+    if (file_.is_open()) json_.ReportRuns(runs);
   }
   double median(const std::string& name) const { return median_of(times_, name); }
   double peak(const std::string& name) const { return median_of(peaks_, name); }
@@ -66,7 +84,29 @@ class KeepingReporter : public benchmark::ConsoleReporter {
   }
 
   Values times_, peaks_;
+  std::ofstream file_;
+  benchmark::JSONReporter json_;
+  bool first_group_ = true;
 };
+
+// Takes the value of --name=value out of the arguments; "" where it is not among them.
+std::string taken(std::vector<char*>& arguments, const std::string& name) {
+  const std::string start = "--" + name + "=";
+  const auto found = std::find_if(arguments.begin(), arguments.end(),
+                                  [&](const char* argument) { return std::string_view(argument).starts_with(start); });
+  if (found == arguments.end()) return "";
+  std::string value = *found + start.size();
+  arguments.erase(found);
+  return value;
+}
+
+// The names that the filter lets pass, as one regular expression; "" = none.
+std::string expression_of(const std::vector<std::string>& names, const std::regex& filter) {
+  std::string all;
+  for (const std::string& name : names)
+    if (std::regex_search(name, filter)) all += (all.empty() ? "^(" : "|") + name;
+  return all.empty() ? "" : all + ")/iterations";
+}
 
 std::string verdict(const RatioRow& row, double ratio) {
   if (row.bar == 0) return "";
@@ -132,6 +172,7 @@ void check_close(const Tensor& a, const Tensor& b, const std::string& what, doub
 }
 
 void Suite::add(Line line) {
+  lines_.push_back(line.name);
   benchmark::RegisterBenchmark(line.name.c_str(), [line](benchmark::State& state) {
     at::set_num_threads(line.threads);
     line.keep_memory ? keep_freed_memory() : return_freed_memory();
@@ -157,16 +198,40 @@ void Suite::add_ceilings() {
              .threads = threads});
 }
 
+std::vector<std::vector<std::string>> Suite::groups() const {
+  std::map<std::string, std::string> leader;  // of a line's group
+  for (const std::string& line : lines_) leader[line] = line;
+  for (const RatioRow& row : ratios_) {
+    if (leader.count(row.numerator) == 0 || leader.count(row.denominator) == 0) continue;
+    const std::string from = leader.at(row.denominator), to = leader.at(row.numerator);
+    for (auto& [line, its] : leader)
+      if (its == from) its = to;
+  }
+  std::map<std::string, size_t> place;  // groups in the order of their first lines
+  std::vector<std::vector<std::string>> all;
+  for (const std::string& line : lines_) {
+    const auto [found, added] = place.try_emplace(leader.at(line), all.size());
+    if (added) all.emplace_back();
+    all[found->second].push_back(line);
+  }
+  return all;
+}
+
 int Suite::run(int argc, char** argv) {
   std::vector<char*> arguments(argv, argv + argc);
   char interleave[] = "--benchmark_enable_random_interleaving=true";
   arguments.insert(arguments.begin() + 1, interleave);
+  KeepingReporter reporter(taken(arguments, "benchmark_out"));
+  const std::regex filter(taken(arguments, "benchmark_filter"));
   int count = static_cast<int>(arguments.size());
   benchmark::Initialize(&count, arguments.data());
   if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 2;
   add_ceilings();
-  KeepingReporter reporter;
-  benchmark::RunSpecifiedBenchmarks(&reporter);
+  for (const std::vector<std::string>& group : groups()) {
+    const std::string expression = expression_of(group, filter);
+    if (!expression.empty()) benchmark::RunSpecifiedBenchmarks(&reporter, nullptr, expression);
+  }
+  reporter.finish();
   const std::string table = ceiling_table(reporter) + "\n" + ratio_table(ratios_, reporter);
   std::cout << table;
   if (const char* file = std::getenv("MOELAB_BENCH_MARKDOWN")) std::ofstream(file) << table;

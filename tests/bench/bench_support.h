@@ -1,5 +1,8 @@
-// What the benchmarks share: lines measured interleaved in one process, ratios of their medians as a Markdown table, ceilings of
-// the machine, peak bytes.
+// What the benchmarks share: lines measured in one process, ratios of their medians as a Markdown table, ceilings of the machine,
+// peak bytes.
+//
+// Lines that a ratio compares are measured together, interleaved, before the next group begins: on a machine that others use,
+// too, the speed of a core changes by half from minute to minute, and a ratio must not be one of two different minutes.
 #pragma once
 
 #include "core/tensor.h"
@@ -39,11 +42,14 @@ class Suite {
   void add(Line line);
   void add(RatioRow row) { ratios_.push_back(std::move(row)); }
 
-  // Google Benchmark's arguments. Prints the ratios, and writes them to the file that MOELAB_BENCH_MARKDOWN names.
+  // Google Benchmark's arguments; --benchmark_out is written as JSON. Prints the ratios, and writes them to the file that
+  // MOELAB_BENCH_MARKDOWN names.
   int run(int argc, char** argv);
 
  private:
   void add_ceilings();
+  std::vector<std::vector<std::string>> groups() const;  // names of lines, each line in one group
+  std::vector<std::string> lines_;
   std::vector<RatioRow> ratios_;
 };
 

@@ -4,10 +4,11 @@
 #include "bench_support.h"
 
 #include "core/execute.h"
-#include "core/gemm.h"
+#include "core/ordered_blocks.h"
 #include "core/select.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
@@ -194,22 +195,25 @@ struct ProductsAlone {
   static View view(const Tensor& matrix) { return {matrix.const_data_ptr<float>(), matrix.size(0), matrix.size(1)}; }
   static float* at(const Tensor& matrix) { return matrix.mutable_data_ptr<float>(); }
 
+  // Experts are shared out to threads as the layer's blocks are.
   void once(const Fixture& f, bool backward) const {
+    for_ordered_blocks(f.shape.experts, at::get_num_threads(), [&](int64_t e, int64_t) { of_expert(f, e, backward); });
+  }
+
+  void of_expert(const Fixture& f, int64_t e, bool backward) const {
     const int64_t* offset = f.plan.offsets_E1.const_data_ptr<int64_t>();
-    for (int64_t e = 0; e < f.shape.experts; ++e) {
-      const int64_t first = offset[e], rows = offset[e + 1] - first;
-      const auto part = [&](const Tensor& all) { return all.narrow(0, first, rows); };
-      const Tensor hidden = part(hidden_NF), other = part(other_NF), out = part(out_ND);
-      const View x = view(part(f.rows_ND)), grad = view(part(f.grad_rows_ND));
-      const View in = view(f.w_in[static_cast<size_t>(e)]), back = view(f.w_out[static_cast<size_t>(e)]);
-      multiply(x, in.t(), at(hidden));
-      multiply(view(hidden), back.t(), at(out));
-      if (!backward) continue;
-      multiply(grad, back, at(other));
-      multiply(grad.t(), view(hidden), at(grad_out_EDF.select(0, e)));
-      multiply(view(other).t(), x, at(grad_in_EFD.select(0, e)));
-      multiply(view(other), in, at(out));
-    }
+    const int64_t first = offset[e], rows = offset[e + 1] - first;
+    const auto part = [&](const Tensor& all) { return all.narrow(0, first, rows); };
+    const Tensor hidden = part(hidden_NF), other = part(other_NF), out = part(out_ND);
+    const View x = view(part(f.rows_ND)), grad = view(part(f.grad_rows_ND));
+    const View in = view(f.w_in[static_cast<size_t>(e)]), back = view(f.w_out[static_cast<size_t>(e)]);
+    multiply(x, in.t(), at(hidden));
+    multiply(view(hidden), back.t(), at(out));
+    if (!backward) return;
+    multiply(grad, back, at(other));
+    multiply(grad.t(), view(hidden), at(grad_out_EDF.select(0, e)));
+    multiply(view(other).t(), x, at(grad_in_EFD.select(0, e)));
+    multiply(view(other), in, at(out));
   }
 
   Tensor hidden_NF, other_NF, out_ND, grad_in_EFD, grad_out_EDF;

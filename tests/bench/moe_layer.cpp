@@ -3,8 +3,8 @@
 //   moe_layer    routing (softmax top-k) and execution
 //   execute      execution alone, of a given plan
 //   bare         the experts' products and activations on rows already gathered, without autograd: the bar
-//   products     the same products alone, by the calls that our layer makes, into memory that is there: with these calls nothing
-//                is faster, so a peer over this line is the most that can be had over the peer
+//   products     the same products alone, a call of the library per expert and product as in our layer, into memory that is there:
+//                with these calls nothing is faster, so a peer over this line is the most that can be had over the peer
 //   dense        a dense layer of width k·f
 //   plain        gather, the library's grouped product, index_add: the plain way of today
 //   where        a loop over experts with where, index_select and index_add; each expert's weights are tensors of their own
@@ -108,7 +108,7 @@ void add_lines(const Lines& lines) {
   lines.add_output("dense", dense_output);
   lines.add("bare", [=] { bare_once(f, backward); });
   lines.ratio("execution over bare products", "execute", "bare", bare_bar(s), false);
-  const bool floor = lines.keep && lines.threads == 1 && s.load == "even";
+  const bool floor = lines.keep && s.load != "one";
   if (floor) {
     const auto products = std::make_shared<std::unique_ptr<const ProductsAlone>>();
     lines.add("products", [=] {
