@@ -5,15 +5,25 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 namespace moelab {
 namespace {
 
-// Blocks of 256 rows stay in the second-level cache, but then weights' gradients are read and written too often: at f = 1024 the
-// backward pass was a fifth slower than at 512, and no faster at 1024. bfloat16 sums of weights' gradients are rounded once per
-// block, so there blocks are long.
+// Every block packs its expert's weights anew and reads and writes their gradients: longer blocks of up to 1280 rows save a
+// fortieth of a layer against 512 at f = 1024, blocks of 256 cost a fifth of the backward pass. bfloat16 sums of weights'
+// gradients are rounded once per block, so there blocks are longer still.
 template <class Scalar>
-constexpr int64_t kMostRows = std::is_same_v<Scalar, c10::BFloat16> ? 4096 : 512;
+constexpr int64_t kMostRows = std::is_same_v<Scalar, c10::BFloat16> ? 4096 : 1280;
+
+// Rows of tokens lie on pages of their own, where the processor foresees nothing: they are fetched this many rows before.
+constexpr int64_t kAhead = 2;
+
+template <class Scalar>
+void fetch_row(const Scalar* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(Scalar);
+  for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i);
+}
 
 int64_t work_threads(size_t blocks) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(blocks)));
@@ -54,11 +64,13 @@ void add_column_sums(const Scalar* rows_NF, int64_t rows, const Tensor& out_EF, 
 
 std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows) {
   const int64_t* offset = offsets_E1.const_data_ptr<int64_t>();
+  const int64_t last = offset[offsets_E1.numel() - 1];
   std::vector<FfnBlock> blocks;
   for (size_t g = 0; g < groups.size(); ++g)
     for (int64_t slot = 0; slot < groups[g].in_EFD.size(0); ++slot) {
       const int64_t first = offset[groups[g].first + slot], rows = offset[groups[g].first + slot + 1] - first;
-      const int64_t pieces = (rows + most_rows - 1) / most_rows;
+      const int64_t most = rows > 0 && first + rows == last ? (most_rows + 1) / 2 : most_rows;
+      const int64_t pieces = (rows + most - 1) / most;
       for (int64_t p = 0; p < pieces; ++p) {
         const int64_t begin = rows * p / pieces, end = rows * (p + 1) / pieces;
         blocks.push_back({.group = g, .slot = slot, .first = first + begin, .rows = end - begin,
@@ -73,38 +85,63 @@ template <class Scalar>
 FfnEngine<Scalar>::FfnEngine(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows,
                              const std::vector<FfnHidden>& hidden)
     : activation_(activation), groups_(groups), hidden_(hidden), width_(rows.x_TD.size(1)),
-        x_(rows.x_TD.const_data_ptr<Scalar>()),
+        x_(rows.x_TD.const_data_ptr<Scalar>()), options_(rows.x_TD.options()),
       token_(rows.token_N.defined() ? rows.token_N.const_data_ptr<int64_t>() : nullptr),
       gate_(rows.gate_N.defined() ? rows.gate_N.const_data_ptr<Sum>() : nullptr),
       blocks_(ffn_blocks(groups, rows.offsets_E1, kMostRows<Scalar>)), moved_(static_cast<int64_t>(blocks_.size())),
-      weighed_(static_cast<int64_t>(blocks_.size())) {
+      out_weighed_(static_cast<int64_t>(blocks_.size())), in_weighed_(static_cast<int64_t>(blocks_.size())) {
   for (const FfnGroup& group : groups) most_hidden_ = std::max(most_hidden_, group.in_EFD.size(1));
   for (const FfnBlock& block : blocks_) most_rows_ = std::max(most_rows_, block.rows);
-  memory_ = at::empty({work_threads(blocks_.size()),
-                       2 * aligned_count<Scalar>(most_rows_ * width_) + 5 * aligned_count<Scalar>(most_rows_ * most_hidden_)},
-                      rows.x_TD.options());
 }
 
 template <class Scalar>
-typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::scratch_of(int64_t thread) const {
-  Scalar* at = memory_.mutable_data_ptr<Scalar>() + thread * memory_.size(1);
+int64_t FfnEngine<Scalar>::scratch_count(bool backward) const {
+  const int64_t maps = gated() ? 2 : 1, again = hidden_.front().in_NF.defined() ? 0 : maps;
+  const int64_t wide = again + 1 + (backward ? maps : 0);
+  return 2 * aligned_count<Scalar>(most_rows_ * width_) + wide * aligned_count<Scalar>(most_rows_ * most_hidden_);
+}
+
+// Those of scratch_count(). What a pass does not need points where the next one starts.
+template <class Scalar>
+typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::laid_out(Scalar* at, bool backward) const {
   const int64_t narrow = aligned_count<Scalar>(most_rows_ * width_), wide = aligned_count<Scalar>(most_rows_ * most_hidden_);
-  Scalar* hidden = at + 2 * narrow;
-  return {at, at + narrow, hidden, hidden + wide, hidden + 2 * wide, hidden + 3 * wide, hidden + 4 * wide};
+  const bool again = !hidden_.front().in_NF.defined();
+  const auto next = [&](int64_t count, bool needed) { return needed ? std::exchange(at, at + count) : at; };
+  return {.x_ND = next(narrow, true), .grad_ND = next(narrow, true), .in_NF = next(wide, again),
+          .up_NF = next(wide, again && gated()), .a_NF = next(wide, true), .grad_NF = next(wide, backward),
+          .grad_up_NF = next(wide, backward && gated())};
+}
+
+template <class Scalar>
+template <class Run>
+void FfnEngine<Scalar>::run_blocks(bool backward, Run run) {
+  if (blocks_.empty()) return;
+  const int64_t blocks = static_cast<int64_t>(blocks_.size()), threads = work_threads(blocks_.size());
+  const int64_t each = scratch_count(backward);
+  const Tensor memory = at::empty({threads, each}, options_);
+  Scalar* start = memory.mutable_data_ptr<Scalar>();
+  for_ordered_blocks(blocks, threads,
+                     [&](int64_t block, int64_t thread) { run(block, laid_out(start + thread * each, backward)); });
 }
 
 template <class Scalar>
 const Scalar* FfnEngine<Scalar>::gathered(const Scalar* from_TD, const FfnBlock& block, Scalar* to_ND) const {
   if (token_ == nullptr) return from_TD + block.first * width_;
-  for (int64_t n = 0; n < block.rows; ++n) std::copy_n(from_TD + token_[block.first + n] * width_, width_, to_ND + n * width_);
+  const int64_t* token = token_ + block.first;
+  for (int64_t n = 0; n < block.rows; ++n) {
+    if (n + kAhead < block.rows) fetch_row(from_TD + token[n + kAhead] * width_, width_);
+    std::copy_n(from_TD + token[n] * width_, width_, to_ND + n * width_);
+  }
   return to_ND;
 }
 
 template <class Scalar>
 void FfnEngine<Scalar>::scatter(const Scalar* rows_ND, const FfnBlock& block, const Sum* gate, Sum* to_TD) const {
-  for (int64_t n = 0; n < block.rows; ++n)
-    add_row(to_TD + token_[block.first + n] * width_, rows_ND + n * width_, gate == nullptr ? Sum(1) : gate[block.first + n],
-            width_);
+  const int64_t* token = token_ + block.first;
+  for (int64_t n = 0; n < block.rows; ++n) {
+    if (n + kAhead < block.rows) fetch_row(to_TD + token[n + kAhead] * width_, width_);
+    add_row(to_TD + token[n] * width_, rows_ND + n * width_, gate == nullptr ? Sum(1) : gate[block.first + n], width_);
+  }
 }
 
 template <class Scalar>
@@ -143,8 +180,7 @@ void FfnEngine<Scalar>::run_forward(int64_t index, const Scratch& scratch, const
 
 template <class Scalar>
 void FfnEngine<Scalar>::forward(const Tensor& y_TD) {
-  for_ordered_blocks(static_cast<int64_t>(blocks_.size()), work_threads(blocks_.size()),
-                     [&](int64_t block, int64_t thread) { run_forward(block, scratch_of(thread), y_TD); });
+  run_blocks(/*backward=*/false, [&](int64_t block, const Scratch& scratch) { run_forward(block, scratch, y_TD); });
 }
 
 // Activations again; scratch.grad_NF, until now ∂/∂a without gates, becomes the gradient of the pre-activations.
@@ -165,18 +201,23 @@ void FfnEngine<Scalar>::slopes(const FfnBlock& block, const Scratch& scratch, co
 }
 
 template <class Scalar>
-void FfnEngine<Scalar>::add_weights(const FfnBlock& block, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND,
-                                    const FfnGroup& out) const {
+void FfnEngine<Scalar>::add_weights(int64_t index, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND,
+                                    const FfnGroup& out) {
+  const FfnBlock& block = blocks_[static_cast<size_t>(index)];
   const int64_t hidden = groups_[block.group].in_EFD.size(1);
   const bool add = block.before >= 0;
   const MatrixView<Scalar> x{x_ND, block.rows, width_}, grad{grad_ND, block.rows, width_}, a{scratch.a_NF, block.rows, hidden};
   const MatrixView<Scalar> grad_in{scratch.grad_NF, block.rows, hidden}, grad_up{scratch.grad_up_NF, block.rows, hidden};
+  out_weighed_.wait_for(block.before);
   if (out.out_EDF.defined()) multiply(grad.t(), a, expert_slice<Scalar>(out.out_EDF, block.slot), add);
+  add_column_sums(grad_ND, block.rows, out.out_bias_ED, block.slot, width_);
+  out_weighed_.finish(index);
+  in_weighed_.wait_for(block.before);
   if (out.in_EFD.defined()) multiply(grad_in.t(), x, expert_slice<Scalar>(out.in_EFD, block.slot), add);
   if (out.up_EFD.defined()) multiply(grad_up.t(), x, expert_slice<Scalar>(out.up_EFD, block.slot), add);
-  add_column_sums(grad_ND, block.rows, out.out_bias_ED, block.slot, width_);
   add_column_sums(scratch.grad_NF, block.rows, out.in_bias_EF, block.slot, hidden);
   if (gated()) add_column_sums(scratch.grad_up_NF, block.rows, out.up_bias_EF, block.slot, hidden);
+  in_weighed_.finish(index);
 }
 
 template <class Scalar>
@@ -201,9 +242,7 @@ void FfnEngine<Scalar>::run_backward(int64_t index, const Scratch& scratch, cons
   multiply({grad_ND, block.rows, width_}, expert_matrix<Scalar>(group.out_EDF, block.slot), scratch.grad_NF);
   slopes(block, scratch, grad_ND, in_NF, up_NF, out.gate_N);
   for (int64_t n = 0; gate_ && n < block.rows; ++n) scale_row(scratch.grad_ND + n * width_, gate_[block.first + n], width_);
-  weighed_.wait_for(block.before);
-  add_weights(block, scratch, x_ND, grad_ND, out.groups[block.group]);
-  weighed_.finish(index);
+  add_weights(index, scratch, x_ND, grad_ND, out.groups[block.group]);
   if (!out.x_TD.defined()) return;
   if (token_ == nullptr) return input_gradient(block, scratch, out.x_TD.mutable_data_ptr<Scalar>() + block.first * width_);
   input_gradient(block, scratch, scratch.grad_ND);
@@ -215,8 +254,7 @@ void FfnEngine<Scalar>::run_backward(int64_t index, const Scratch& scratch, cons
 template <class Scalar>
 void FfnEngine<Scalar>::backward(const Tensor& grad_TD, const FfnGradients& out) {
   const Scalar* grad = grad_TD.const_data_ptr<Scalar>();
-  for_ordered_blocks(static_cast<int64_t>(blocks_.size()), work_threads(blocks_.size()),
-                     [&](int64_t block, int64_t thread) { run_backward(block, scratch_of(thread), grad, out); });
+  run_blocks(/*backward=*/true, [&](int64_t block, const Scratch& scratch) { run_backward(block, scratch, grad, out); });
 }
 
 template class FfnEngine<float>;

@@ -18,6 +18,7 @@ struct FfnBlock {
   int64_t in_group;   // first, counted from the group's first pair
   int64_t before;     // the block of the same expert before this one; -1 = none
 };
+// At most `most_rows` each, half of it for the expert of the last pair: threads finish closer to one another.
 std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows);
 
 // Per group; undefined = not wanted. Sums over experts and biases' gradients are in float or better.
@@ -52,7 +53,10 @@ class FfnEngine {
     Scalar *x_ND, *grad_ND, *in_NF, *up_NF, *a_NF, *grad_NF, *grad_up_NF;
   };
 
-  Scratch scratch_of(int64_t thread) const;
+  int64_t scratch_count(bool backward) const;
+  Scratch laid_out(Scalar* at, bool backward) const;
+  template <class Run>
+  void run_blocks(bool backward, Run run);
   const Scalar* gathered(const Scalar* from_TD, const FfnBlock& block, Scalar* to_ND) const;
   void scatter(const Scalar* rows_ND, const FfnBlock& block, const Sum* gate, Sum* to_TD) const;
   Scalar* hidden_rows(const Tensor& kept_NF, const FfnBlock& block, int64_t width, Scalar* spare_NF) const;
@@ -61,8 +65,7 @@ class FfnEngine {
   void run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out);
   void slopes(const FfnBlock& block, const Scratch& scratch, const Scalar* grad_ND, const Scalar* in_NF, const Scalar* up_NF,
               const Tensor& grad_gate_N) const;
-  void add_weights(const FfnBlock& block, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND,
-                   const FfnGroup& out) const;
+  void add_weights(int64_t index, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND, const FfnGroup& out);
   void input_gradient(const FfnBlock& block, const Scratch& scratch, Scalar* to_ND) const;
   bool gated() const { return activation_ == FfnActivation::kSwiglu; }
 
@@ -71,11 +74,11 @@ class FfnEngine {
   const std::vector<FfnHidden>& hidden_;
   int64_t width_, most_hidden_ = 0, most_rows_ = 0;
   const Scalar* x_;
+  at::TensorOptions options_;
   const int64_t* token_;  // null: pair n is row n
   const Sum* gate_;       // null: 1
   std::vector<FfnBlock> blocks_;
-  BlockTurns moved_, weighed_;
-  Tensor memory_;
+  BlockTurns moved_, out_weighed_, in_weighed_;
 };
 
 extern template class FfnEngine<float>;
