@@ -15,6 +15,8 @@ namespace {
 // gradients are rounded once per block, so there blocks are longer still.
 template <class Scalar>
 constexpr int64_t kMostRows = std::is_same_v<Scalar, c10::BFloat16> ? 4096 : 1280;
+template <class Scalar>
+constexpr int64_t kFewestRows = std::is_same_v<Scalar, c10::BFloat16> ? 4096 : 256;
 
 // Rows of tokens lie on pages of their own, where the processor foresees nothing: they are fetched this many rows before.
 constexpr int64_t kAhead = 2;
@@ -62,20 +64,20 @@ void add_column_sums(const Scalar* rows_NF, int64_t rows, const Tensor& out_EF, 
 
 }  // namespace
 
-std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows) {
+std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows,
+                                 int64_t fewest_rows) {
   const int64_t* offset = offsets_E1.const_data_ptr<int64_t>();
-  const int64_t last = offset[offsets_E1.numel() - 1];
+  const int64_t pairs = offset[offsets_E1.numel() - 1];
   std::vector<FfnBlock> blocks;
   for (size_t g = 0; g < groups.size(); ++g)
     for (int64_t slot = 0; slot < groups[g].in_EFD.size(0); ++slot) {
-      const int64_t first = offset[groups[g].first + slot], rows = offset[groups[g].first + slot + 1] - first;
-      const int64_t most = rows > 0 && first + rows == last ? (most_rows + 1) / 2 : most_rows;
-      const int64_t pieces = (rows + most - 1) / most;
-      for (int64_t p = 0; p < pieces; ++p) {
-        const int64_t begin = rows * p / pieces, end = rows * (p + 1) / pieces;
-        blocks.push_back({.group = g, .slot = slot, .first = first + begin, .rows = end - begin,
-                          .in_group = first + begin - offset[groups[g].first],
-                          .before = p == 0 ? -1 : static_cast<int64_t>(blocks.size()) - 1});
+      const int64_t first = offset[groups[g].first + slot], end = offset[groups[g].first + slot + 1];
+      for (int64_t at = first; at < end;) {
+        const int64_t most = std::clamp((pairs - at) / 4, fewest_rows, most_rows), pieces = (end - at + most - 1) / most;
+        const int64_t rows = (end - at + pieces - 1) / pieces;
+        blocks.push_back({.group = g, .slot = slot, .first = at, .rows = rows, .in_group = at - offset[groups[g].first],
+                          .before = at == first ? -1 : static_cast<int64_t>(blocks.size()) - 1});
+        at += rows;
       }
     }
   return blocks;
@@ -88,7 +90,7 @@ FfnEngine<Scalar>::FfnEngine(FfnActivation activation, const std::vector<FfnGrou
         x_(rows.x_TD.const_data_ptr<Scalar>()), options_(rows.x_TD.options()),
       token_(rows.token_N.defined() ? rows.token_N.const_data_ptr<int64_t>() : nullptr),
       gate_(rows.gate_N.defined() ? rows.gate_N.const_data_ptr<Sum>() : nullptr),
-      blocks_(ffn_blocks(groups, rows.offsets_E1, kMostRows<Scalar>)), moved_(static_cast<int64_t>(blocks_.size())),
+      blocks_(ffn_blocks(groups, rows.offsets_E1, kMostRows<Scalar>, kFewestRows<Scalar>)), moved_(static_cast<int64_t>(blocks_.size())),
       out_weighed_(static_cast<int64_t>(blocks_.size())), in_weighed_(static_cast<int64_t>(blocks_.size())) {
   for (const FfnGroup& group : groups) most_hidden_ = std::max(most_hidden_, group.in_EFD.size(1));
   for (const FfnBlock& block : blocks_) most_rows_ = std::max(most_rows_, block.rows);
@@ -98,30 +100,37 @@ template <class Scalar>
 int64_t FfnEngine<Scalar>::scratch_count(bool backward) const {
   const int64_t maps = gated() ? 2 : 1, again = hidden_.front().in_NF.defined() ? 0 : maps;
   const int64_t wide = again + 1 + (backward ? maps : 0);
-  return 2 * aligned_count<Scalar>(most_rows_ * width_) + wide * aligned_count<Scalar>(most_rows_ * most_hidden_);
+  return 3 * aligned_count<Scalar>(most_rows_ * width_) + wide * aligned_count<Scalar>(most_rows_ * most_hidden_);
 }
 
 // Those of scratch_count(). What a pass does not need points where the next one starts.
 template <class Scalar>
-typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::laid_out(Scalar* at, bool backward) const {
+typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::laid_out(Scalar* at, bool backward, bool second) const {
   const int64_t narrow = aligned_count<Scalar>(most_rows_ * width_), wide = aligned_count<Scalar>(most_rows_ * most_hidden_);
   const bool again = !hidden_.front().in_NF.defined();
   const auto next = [&](int64_t count, bool needed) { return needed ? std::exchange(at, at + count) : at; };
-  return {.x_ND = next(narrow, true), .grad_ND = next(narrow, true), .in_NF = next(wide, again),
+  Scalar *x_ND = next(narrow, true), *one_ND = next(narrow, true), *other_ND = next(narrow, true);
+  return {.x_ND = x_ND, .grad_ND = second ? other_ND : one_ND, .in_NF = next(wide, again),
           .up_NF = next(wide, again && gated()), .a_NF = next(wide, true), .grad_NF = next(wide, backward),
           .grad_up_NF = next(wide, backward && gated())};
 }
 
 template <class Scalar>
 template <class Run>
-void FfnEngine<Scalar>::run_blocks(bool backward, Run run) {
+void FfnEngine<Scalar>::run_blocks(bool backward, const Sums& sums, Run run) {
   if (blocks_.empty()) return;
   const int64_t blocks = static_cast<int64_t>(blocks_.size()), threads = work_threads(blocks_.size());
   const int64_t each = scratch_count(backward);
   const Tensor memory = at::empty({threads, each}, options_);
   Scalar* start = memory.mutable_data_ptr<Scalar>();
-  for_ordered_blocks(blocks, threads,
-                     [&](int64_t block, int64_t thread) { run(block, laid_out(start + thread * each, backward)); });
+  std::vector<Waiting> waiting_of(static_cast<size_t>(threads));
+  const auto run_block = [&](int64_t block, int64_t thread) {
+    Waiting& waiting = waiting_of[static_cast<size_t>(thread)];
+    const Scalar* rows_ND = run(block, laid_out(start + thread * each, backward, waiting.second));
+    if (rows_ND != nullptr) hand_in(block, rows_ND, sums, waiting);
+  };
+  for_ordered_blocks(blocks, threads, run_block,
+                     [&](int64_t thread) { add_up_waiting(waiting_of[static_cast<size_t>(thread)], sums); });
 }
 
 template <class Scalar>
@@ -136,12 +145,29 @@ const Scalar* FfnEngine<Scalar>::gathered(const Scalar* from_TD, const FfnBlock&
 }
 
 template <class Scalar>
-void FfnEngine<Scalar>::scatter(const Scalar* rows_ND, const FfnBlock& block, const Sum* gate, Sum* to_TD) const {
+void FfnEngine<Scalar>::add_up(int64_t index, const Scalar* rows_ND, const Sums& sums) {
+  const FfnBlock& block = blocks_[static_cast<size_t>(index)];
   const int64_t* token = token_ + block.first;
+  moved_.wait_for(index - 1);
   for (int64_t n = 0; n < block.rows; ++n) {
-    if (n + kAhead < block.rows) fetch_row(to_TD + token[n + kAhead] * width_, width_);
-    add_row(to_TD + token[n] * width_, rows_ND + n * width_, gate == nullptr ? Sum(1) : gate[block.first + n], width_);
+    if (n + kAhead < block.rows) fetch_row(sums.to_TD + token[n + kAhead] * width_, width_);
+    const Sum gate = sums.gate_N == nullptr ? Sum(1) : sums.gate_N[block.first + n];
+    add_row(sums.to_TD + token[n] * width_, rows_ND + n * width_, gate, width_);
   }
+  moved_.finish(index);
+}
+
+template <class Scalar>
+void FfnEngine<Scalar>::add_up_waiting(Waiting& waiting, const Sums& sums) {
+  if (waiting.block >= 0) add_up(std::exchange(waiting.block, -1), waiting.rows_ND, sums);
+}
+
+// What waits has its weights' gradients already, so whoever holds an earlier block never waits for this thread in turn.
+template <class Scalar>
+void FfnEngine<Scalar>::hand_in(int64_t index, const Scalar* rows_ND, const Sums& sums, Waiting& waiting) {
+  add_up_waiting(waiting, sums);
+  if (moved_.done(index - 1)) return add_up(index, rows_ND, sums);
+  waiting = {.block = index, .rows_ND = rows_ND, .second = !waiting.second};
 }
 
 template <class Scalar>
@@ -161,8 +187,7 @@ void FfnEngine<Scalar>::pre_activate(const FfnBlock& block, const Scalar* x_ND, 
 }
 
 template <class Scalar>
-void FfnEngine<Scalar>::run_forward(int64_t index, const Scratch& scratch, const Tensor& y_TD) {
-  const FfnBlock& block = blocks_[static_cast<size_t>(index)];
+const Scalar* FfnEngine<Scalar>::run_forward(const FfnBlock& block, const Scratch& scratch, const Tensor& y_TD) {
   const FfnGroup& group = groups_[block.group];
   const int64_t hidden = group.in_EFD.size(1);
   Scalar* in_NF = hidden_rows(hidden_[block.group].in_NF, block, hidden, scratch.in_NF);
@@ -172,15 +197,15 @@ void FfnEngine<Scalar>::run_forward(int64_t index, const Scratch& scratch, const
   Scalar* out_ND = token_ ? scratch.grad_ND : y_TD.mutable_data_ptr<Scalar>() + block.first * width_;
   multiply({scratch.a_NF, block.rows, hidden}, expert_matrix<Scalar>(group.out_EDF, block.slot).t(), out_ND);
   add_bias(out_ND, group.out_bias_ED, block.slot, block.rows, width_);
-  if (token_ == nullptr) return;
-  moved_.wait_for(index - 1);
-  scatter(out_ND, block, gate_, y_TD.mutable_data_ptr<Sum>());
-  moved_.finish(index);
+  return token_ ? out_ND : nullptr;
 }
 
 template <class Scalar>
 void FfnEngine<Scalar>::forward(const Tensor& y_TD) {
-  run_blocks(/*backward=*/false, [&](int64_t block, const Scratch& scratch) { run_forward(block, scratch, y_TD); });
+  const Sums sums{gate_, token_ ? y_TD.mutable_data_ptr<Sum>() : nullptr};
+  run_blocks(/*backward=*/false, sums, [&](int64_t block, const Scratch& scratch) {
+    return run_forward(blocks_[static_cast<size_t>(block)], scratch, y_TD);
+  });
 }
 
 // Activations again; scratch.grad_NF, until now ∂/∂a without gates, becomes the gradient of the pre-activations.
@@ -230,7 +255,8 @@ void FfnEngine<Scalar>::input_gradient(const FfnBlock& block, const Scratch& scr
 }
 
 template <class Scalar>
-void FfnEngine<Scalar>::run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out) {
+const Scalar* FfnEngine<Scalar>::run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD,
+                                              const FfnGradients& out) {
   const FfnBlock& block = blocks_[static_cast<size_t>(index)];
   const FfnGroup& group = groups_[block.group];
   const int64_t hidden = group.in_EFD.size(1);
@@ -243,18 +269,17 @@ void FfnEngine<Scalar>::run_backward(int64_t index, const Scratch& scratch, cons
   slopes(block, scratch, grad_ND, in_NF, up_NF, out.gate_N);
   for (int64_t n = 0; gate_ && n < block.rows; ++n) scale_row(scratch.grad_ND + n * width_, gate_[block.first + n], width_);
   add_weights(index, scratch, x_ND, grad_ND, out.groups[block.group]);
-  if (!out.x_TD.defined()) return;
-  if (token_ == nullptr) return input_gradient(block, scratch, out.x_TD.mutable_data_ptr<Scalar>() + block.first * width_);
-  input_gradient(block, scratch, scratch.grad_ND);
-  moved_.wait_for(index - 1);
-  scatter(scratch.grad_ND, block, nullptr, out.x_TD.mutable_data_ptr<Sum>());
-  moved_.finish(index);
+  if (!out.x_TD.defined()) return nullptr;
+  input_gradient(block, scratch, token_ ? scratch.grad_ND : out.x_TD.mutable_data_ptr<Scalar>() + block.first * width_);
+  return token_ ? scratch.grad_ND : nullptr;
 }
 
 template <class Scalar>
 void FfnEngine<Scalar>::backward(const Tensor& grad_TD, const FfnGradients& out) {
   const Scalar* grad = grad_TD.const_data_ptr<Scalar>();
-  run_blocks(/*backward=*/true, [&](int64_t block, const Scratch& scratch) { run_backward(block, scratch, grad, out); });
+  const Sums sums{nullptr, token_ && out.x_TD.defined() ? out.x_TD.mutable_data_ptr<Sum>() : nullptr};
+  run_blocks(/*backward=*/true, sums,
+             [&](int64_t block, const Scratch& scratch) { return run_backward(block, scratch, grad, out); });
 }
 
 template class FfnEngine<float>;

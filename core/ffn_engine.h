@@ -18,8 +18,9 @@ struct FfnBlock {
   int64_t in_group;   // first, counted from the group's first pair
   int64_t before;     // the block of the same expert before this one; -1 = none
 };
-// At most `most_rows` each, half of it for the expert of the last pair: threads finish closer to one another.
-std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows);
+// Blocks of at most `most_rows`. Towards the last pair they become shorter, down to `fewest_rows`, so that threads end together.
+std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows,
+                                 int64_t fewest_rows);
 
 // Per group; undefined = not wanted. Sums over experts and biases' gradients are in float or better.
 struct FfnGradients {
@@ -53,16 +54,31 @@ class FfnEngine {
     Scalar *x_ND, *grad_ND, *in_NF, *up_NF, *a_NF, *grad_NF, *grad_up_NF;
   };
 
+  // Where rows of blocks are added up; without tokens they are written in place and nothing is added.
+  struct Sums {
+    const Sum* gate_N;  // null: 1
+    Sum* to_TD;
+  };
+
+  // A thread goes on with its next block while the rows of the one before wait for their turn.
+  struct Waiting {
+    int64_t block = -1;
+    const Scalar* rows_ND = nullptr;
+    bool second = false;  // of the two buffers that such rows may lie in
+  };
+
   int64_t scratch_count(bool backward) const;
-  Scratch laid_out(Scalar* at, bool backward) const;
+  Scratch laid_out(Scalar* at, bool backward, bool second) const;
   template <class Run>
-  void run_blocks(bool backward, Run run);
+  void run_blocks(bool backward, const Sums& sums, Run run);
   const Scalar* gathered(const Scalar* from_TD, const FfnBlock& block, Scalar* to_ND) const;
-  void scatter(const Scalar* rows_ND, const FfnBlock& block, const Sum* gate, Sum* to_TD) const;
+  void add_up(int64_t index, const Scalar* rows_ND, const Sums& sums);
+  void add_up_waiting(Waiting& waiting, const Sums& sums);
+  void hand_in(int64_t index, const Scalar* rows_ND, const Sums& sums, Waiting& waiting);
   Scalar* hidden_rows(const Tensor& kept_NF, const FfnBlock& block, int64_t width, Scalar* spare_NF) const;
   void pre_activate(const FfnBlock& block, const Scalar* x_ND, Scalar* in_NF, Scalar* up_NF) const;
-  void run_forward(int64_t index, const Scratch& scratch, const Tensor& y_TD);
-  void run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out);
+  const Scalar* run_forward(const FfnBlock& block, const Scratch& scratch, const Tensor& y_TD);
+  const Scalar* run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out);
   void slopes(const FfnBlock& block, const Scratch& scratch, const Scalar* grad_ND, const Scalar* in_NF, const Scalar* up_NF,
               const Tensor& grad_gate_N) const;
   void add_weights(int64_t index, const Scratch& scratch, const Scalar* x_ND, const Scalar* grad_ND, const FfnGroup& out);
