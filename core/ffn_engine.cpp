@@ -86,12 +86,18 @@ std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tens
 template <class Scalar>
 FfnEngine<Scalar>::FfnEngine(FfnActivation activation, const std::vector<FfnGroup>& groups, const FfnRows& rows,
                              const std::vector<FfnHidden>& hidden)
-    : activation_(activation), groups_(groups), hidden_(hidden), width_(rows.x_TD.size(1)),
-        x_(rows.x_TD.const_data_ptr<Scalar>()), options_(rows.x_TD.options()),
+    : activation_(activation),
+      groups_(groups),
+      hidden_(hidden),
+      width_(rows.x_TD.size(1)),
+      x_(rows.x_TD.const_data_ptr<Scalar>()),
+      options_(rows.x_TD.options()),
       token_(rows.token_N.defined() ? rows.token_N.const_data_ptr<int64_t>() : nullptr),
       gate_(rows.gate_N.defined() ? rows.gate_N.const_data_ptr<Sum>() : nullptr),
-      blocks_(ffn_blocks(groups, rows.offsets_E1, kMostRows<Scalar>, kFewestRows<Scalar>)), moved_(static_cast<int64_t>(blocks_.size())),
-      out_weighed_(static_cast<int64_t>(blocks_.size())), in_weighed_(static_cast<int64_t>(blocks_.size())) {
+      blocks_(ffn_blocks(groups, rows.offsets_E1, kMostRows<Scalar>, kFewestRows<Scalar>)),
+      moved_(static_cast<int64_t>(blocks_.size())),
+      out_weighed_(static_cast<int64_t>(blocks_.size())),
+      in_weighed_(static_cast<int64_t>(blocks_.size())) {
   for (const FfnGroup& group : groups) most_hidden_ = std::max(most_hidden_, group.in_EFD.size(1));
   for (const FfnBlock& block : blocks_) most_rows_ = std::max(most_rows_, block.rows);
 }

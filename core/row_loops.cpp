@@ -44,7 +44,8 @@ MOELAB_INLINE Normal<float> normal_of(float z) {
   const float s = z * z, ss = s * s;
   const float p = (0.398942235f + 0.0338519909f * s) + ss * ((0.00467721605f + 1.68818245e-4f * s) +
                                                              ss * (6.35200015e-6f + 2.27495332e-8f * s));
-  const float q = (1.0f + 0.251520277f * s) + ss * ((0.0286454845f + 0.00188440382f * s) + ss * (7.36447474e-5f + 1.1974999e-6f * s));
+  const float q = (1.0f + 0.251520277f * s) + ss * ((0.0286454845f + 0.00188440382f * s) +
+                                                    ss * (7.36447474e-5f + 1.1974999e-6f * s));
   const float size = std::fabs(z), half = size > 5.5f ? 0.5f : size * p / q;  // NaN stays
   return {0.5f + std::copysign(half, z), exp_of(-0.5f * s) * 0.398942280f};
 }

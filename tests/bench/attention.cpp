@@ -2,8 +2,8 @@
 // same size. MoA shares keys and values among its heads and the dense layer does not, so both counts of FLOPs are printed.
 //
 //   moh_chosen  moh where chosen heads alone map their queries and outputs
-//   moh_floor   the dense layer's step, and in each layer what moh must have beside it, chosen heads or not: keys and values of the
-//               eight other heads, and the library's attention over them, which takes the queries of a head for all rows or none
+//   moh_floor   the dense layer's step, and in each layer what moh must have beside it, chosen heads or not: keys and values of
+//               the eight other heads, and the library's attention over them, which takes a head's queries for all rows or none
 #include "stepper.h"
 
 #include <ATen/ops/linear.h>

@@ -3,8 +3,8 @@
 //   moe_layer    routing (softmax top-k) and execution
 //   execute      execution alone, of a given plan
 //   bare         the experts' products and activations on rows already gathered, without autograd: the bar
-//   products     the same products alone, a call of the library per expert and product as in our layer, into memory that is there:
-//                with these calls nothing is faster, so a peer over this line is the most that can be had over the peer
+//   products     the same products alone, a call of the library per expert and product as in our layer, to memory that is there:
+//                with these calls nothing is faster: a peer over this line is the most that can be had over the peer
 //   dense        a dense layer of width k·f
 //   plain        gather, the library's grouped product, index_add: the plain way of today
 //   where        a loop over experts with where, index_select and index_add; each expert's weights are tensors of their own
@@ -81,7 +81,7 @@ struct Lines {
                    .counters = {{"flops", scale * s.flops()}, {"bytes", s.minimal_bytes()},
                                 {"rows_per_expert", static_cast<double>(s.rows_per_expert())}}});
   }
-  void add_output(const std::string& what, Output output, int repetitions = 5) const {
+  void add_output(const std::string& what, Output output, int repetitions = 9) const {
     const FixturePtr shared = f;
     if (pass == "fwd") add(what, [=] { forward_once(shared, output); }, repetitions);
     else add(what, [=] { both_once(shared, output); }, repetitions);
@@ -104,8 +104,8 @@ void add_lines(const Lines& lines) {
   const Shape& s = f->shape;
   const bool backward = lines.pass != "fwd";
   lines.add_output("moe_layer", layer_output);
-  lines.add_output("execute", executed_output);
-  lines.add_output("dense", dense_output);
+  lines.add_output("execute", executed_output, 5);
+  lines.add_output("dense", dense_output, 5);
   lines.add("bare", [=] { bare_once(f, backward); });
   lines.ratio("execution over bare products", "execute", "bare", bare_bar(s), false);
   const bool floor = lines.keep && s.load != "one";
