@@ -1,12 +1,12 @@
 // Feed-forward experts forward and backward as one function of rows, gates and weights.
 //
-// Expert by expert, in blocks of a few hundred rows that stay in the cache: gather the block's rows, multiply, activate,
-// multiply, add gate · output to the rows it came from. Only the pre-activations are kept for the backward pass (with `recompute`
-// not even they): it gathers again, activates again, and takes the gates' gradients from the same loop. The rows of all pairs,
-// the activations and the outputs of all pairs never exist as a whole.
+// Expert by expert, in blocks of at most 1280 rows: gather the block's rows, multiply, activate, multiply, add gate · output to
+// the rows it came from. Only the pre-activations are kept for the backward pass (with `recompute` not even they): it gathers
+// again, activates again, and takes the gates' gradients from the same loop. The rows of all pairs, the activations and the
+// outputs of all pairs never exist as a whole.
 //
-// Threads take blocks in ascending order and wait for one another where they add to the same memory, so that every sum has one
-// order: the bits do not depend on the number of threads.
+// Threads take blocks in ascending order and add to shared memory in the order of the blocks; a thread whose turn has not come
+// goes on with its next block before it waits. So every sum has one order: the bits do not depend on the number of threads.
 #pragma once
 
 #include "core/row_loops.h"
