@@ -77,6 +77,7 @@ class FfnEngine {
   void hand_in(int64_t index, const Scalar* rows_ND, const Sums& sums, Waiting& waiting);
   Scalar* hidden_rows(const Tensor& kept_NF, const FfnBlock& block, int64_t width, Scalar* spare_NF) const;
   void pre_activate(const FfnBlock& block, const Scalar* x_ND, Scalar* in_NF, Scalar* up_NF) const;
+  // Both answer with the rows that are to be added up; null: they are in place already, or not wanted.
   const Scalar* run_forward(const FfnBlock& block, const Scratch& scratch, const Tensor& y_TD);
   const Scalar* run_backward(int64_t index, const Scratch& scratch, const Scalar* grad_TD, const FfnGradients& out);
   void slopes(const FfnBlock& block, const Scratch& scratch, const Scalar* grad_ND, const Scalar* in_NF, const Scalar* up_NF,
