@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -102,23 +104,22 @@ FfnEngine<Scalar>::FfnEngine(FfnActivation activation, const std::vector<FfnGrou
   for (const FfnBlock& block : blocks_) most_rows_ = std::max(most_rows_, block.rows);
 }
 
+// In the order of Scratch, with two places for grad_ND; what a pass does not need is empty.
 template <class Scalar>
-int64_t FfnEngine<Scalar>::scratch_count(bool backward) const {
-  const int64_t maps = gated() ? 2 : 1, again = hidden_.front().in_NF.defined() ? 0 : maps;
-  const int64_t wide = again + 1 + (backward ? maps : 0);
-  return 3 * aligned_count<Scalar>(most_rows_ * width_) + wide * aligned_count<Scalar>(most_rows_ * most_hidden_);
-}
-
-// Those of scratch_count(). What a pass does not need points where the next one starts.
-template <class Scalar>
-typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::laid_out(Scalar* at, bool backward, bool second) const {
+typename FfnEngine<Scalar>::Starts FfnEngine<Scalar>::scratch_starts(bool backward) const {
   const int64_t narrow = aligned_count<Scalar>(most_rows_ * width_), wide = aligned_count<Scalar>(most_rows_ * most_hidden_);
   const bool again = !hidden_.front().in_NF.defined();
-  const auto next = [&](int64_t count, bool needed) { return needed ? std::exchange(at, at + count) : at; };
-  Scalar *x_ND = next(narrow, true), *one_ND = next(narrow, true), *other_ND = next(narrow, true);
-  return {.x_ND = x_ND, .grad_ND = second ? other_ND : one_ND, .in_NF = next(wide, again),
-          .up_NF = next(wide, again && gated()), .a_NF = next(wide, true), .grad_NF = next(wide, backward),
-          .grad_up_NF = next(wide, backward && gated())};
+  const int64_t counts[] = {narrow, narrow, narrow, again ? wide : 0, again && gated() ? wide : 0,
+                            wide, backward ? wide : 0, backward && gated() ? wide : 0};
+  Starts starts{};
+  std::partial_sum(std::begin(counts), std::end(counts), starts.begin() + 1);
+  return starts;
+}
+
+template <class Scalar>
+typename FfnEngine<Scalar>::Scratch FfnEngine<Scalar>::laid_out(Scalar* at, const Starts& starts, bool second) {
+  return {.x_ND = at, .grad_ND = at + starts[second ? 2 : 1], .in_NF = at + starts[3], .up_NF = at + starts[4],
+          .a_NF = at + starts[5], .grad_NF = at + starts[6], .grad_up_NF = at + starts[7]};
 }
 
 template <class Scalar>
@@ -126,13 +127,14 @@ template <class Run>
 void FfnEngine<Scalar>::run_blocks(bool backward, const Sums& sums, Run run) {
   if (blocks_.empty()) return;
   const int64_t blocks = static_cast<int64_t>(blocks_.size()), threads = work_threads(blocks_.size());
-  const int64_t each = scratch_count(backward);
+  const Starts starts = scratch_starts(backward);
+  const int64_t each = starts.back();
   const Tensor memory = at::empty({threads, each}, options_);
   Scalar* start = memory.mutable_data_ptr<Scalar>();
   std::vector<Waiting> waiting_of(static_cast<size_t>(threads));
   const auto run_block = [&](int64_t block, int64_t thread) {
     Waiting& waiting = waiting_of[static_cast<size_t>(thread)];
-    const Scalar* rows_ND = run(block, laid_out(start + thread * each, backward, waiting.second));
+    const Scalar* rows_ND = run(block, laid_out(start + thread * each, starts, waiting.second));
     if (rows_ND != nullptr) hand_in(block, rows_ND, sums, waiting);
   };
   for_ordered_blocks(blocks, threads, run_block,

@@ -7,6 +7,9 @@
 
 #include <ATen/OpMathType.h>
 
+#include <array>
+#include <vector>
+
 namespace moelab {
 
 // Consecutive pairs of one expert.
@@ -67,8 +70,10 @@ class FfnEngine {
     bool second = false;  // of the two buffers that such rows may lie in
   };
 
-  int64_t scratch_count(bool backward) const;
-  Scratch laid_out(Scalar* at, bool backward, bool second) const;
+  using Starts = std::array<int64_t, 9>;  // of the buffers in a thread's memory, and their sum
+
+  Starts scratch_starts(bool backward) const;
+  static Scratch laid_out(Scalar* at, const Starts& starts, bool second);
   template <class Run>
   void run_blocks(bool backward, const Sums& sums, Run run);
   const Scalar* gathered(const Scalar* from_TD, const FfnBlock& block, Scalar* to_ND) const;

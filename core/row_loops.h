@@ -10,7 +10,7 @@ namespace moelab {
 
 enum class FfnActivation { kRelu, kGelu, kGeluTanh, kSwiglu };
 
-// probs = softmax(logits). A logit more than 87 below the largest has probability 0 in float.
+// probs = softmax(logits). A logit more than 88 below the largest has probability 0 in float.
 void softmax_row(const float* logits, float* probs, int64_t count);
 void softmax_row(const double* logits, double* probs, int64_t count);
 
