@@ -23,6 +23,9 @@ constexpr int64_t kFewestRows = std::is_same_v<Scalar, c10::BFloat16> ? 4096 : 2
 // Rows of tokens lie on pages of their own, where the processor foresees nothing: they are fetched this many rows before.
 constexpr int64_t kAhead = 2;
 
+// Gradients of more bytes have left the caches before anyone reads them.
+constexpr size_t kCached = 16 << 20;
+
 template <class Scalar>
 void fetch_row(const Scalar* row, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(Scalar);
@@ -238,16 +241,18 @@ void FfnEngine<Scalar>::add_weights(int64_t index, const Scratch& scratch, const
                                     const FfnGroup& out) {
   const FfnBlock& block = blocks_[static_cast<size_t>(index)];
   const int64_t hidden = groups_[block.group].in_EFD.size(1);
-  const bool add = block.before >= 0;
+  const auto put = [&](const Tensor& stacked) {
+    return block.before >= 0 ? Put::kAdd : stacked.nbytes() > kCached ? Put::kStream : Put::kStore;
+  };
   const MatrixView<Scalar> x{x_ND, block.rows, width_}, grad{grad_ND, block.rows, width_}, a{scratch.a_NF, block.rows, hidden};
   const MatrixView<Scalar> grad_in{scratch.grad_NF, block.rows, hidden}, grad_up{scratch.grad_up_NF, block.rows, hidden};
   out_weighed_.wait_for(block.before);
-  if (out.out_EDF.defined()) multiply(grad.t(), a, expert_slice<Scalar>(out.out_EDF, block.slot), add);
+  if (out.out_EDF.defined()) multiply(grad.t(), a, expert_slice<Scalar>(out.out_EDF, block.slot), put(out.out_EDF));
   add_column_sums(grad_ND, block.rows, out.out_bias_ED, block.slot, width_);
   out_weighed_.finish(index);
   in_weighed_.wait_for(block.before);
-  if (out.in_EFD.defined()) multiply(grad_in.t(), x, expert_slice<Scalar>(out.in_EFD, block.slot), add);
-  if (out.up_EFD.defined()) multiply(grad_up.t(), x, expert_slice<Scalar>(out.up_EFD, block.slot), add);
+  if (out.in_EFD.defined()) multiply(grad_in.t(), x, expert_slice<Scalar>(out.in_EFD, block.slot), put(out.in_EFD));
+  if (out.up_EFD.defined()) multiply(grad_up.t(), x, expert_slice<Scalar>(out.up_EFD, block.slot), put(out.up_EFD));
   add_column_sums(scratch.grad_NF, block.rows, out.in_bias_EF, block.slot, hidden);
   if (gated()) add_column_sums(scratch.grad_up_NF, block.rows, out.up_bias_EF, block.slot, hidden);
   in_weighed_.finish(index);
@@ -259,7 +264,7 @@ void FfnEngine<Scalar>::input_gradient(const FfnBlock& block, const Scratch& scr
   const int64_t hidden = group.in_EFD.size(1);
   multiply({scratch.grad_NF, block.rows, hidden}, expert_matrix<Scalar>(group.in_EFD, block.slot), to_ND);
   if (gated()) multiply({scratch.grad_up_NF, block.rows, hidden}, expert_matrix<Scalar>(group.up_EFD, block.slot), to_ND,
-                        /*add=*/true);
+                        Put::kAdd);
 }
 
 template <class Scalar>

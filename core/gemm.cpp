@@ -1,5 +1,6 @@
 #include "core/gemm.h"
 
+#include "core/packed_product.h"
 #include "core/tensor.h"
 
 #include <ATen/core/grad_mode.h>
@@ -35,10 +36,10 @@ bool fits_blas(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b) {
 
 // Row-major a·b is column-major bᵀ·aᵀ.
 template <class Scalar>
-void blas_multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, bool add) {
+void blas_multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, Put put) {
   const int m = static_cast<int>(b.inner()), n = static_cast<int>(a.outer()), k = static_cast<int>(a.inner());
   const int step_b = static_cast<int>(b.columns), step_a = static_cast<int>(a.columns);
-  const Scalar one = 1, beta = add ? 1 : 0;
+  const Scalar one = 1, beta = put == Put::kAdd ? 1 : 0;
   gemm_entry<Scalar>()(b.turned ? "T" : "N", a.turned ? "T" : "N", &m, &n, &k, &one, b.data, &step_b, a.data, &step_a, &beta,
                        out, &m);
 }
@@ -51,10 +52,10 @@ Tensor tensor_of(const MatrixView<Scalar>& view) {
 }
 
 template <class Scalar>
-void tensor_multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, bool add) {
+void tensor_multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, Put put) {
   const at::NoGradGuard no_grad;
   Tensor result = at::from_blob(out, {a.outer(), b.inner()}, c10::CppTypeToScalarType<Scalar>::value);
-  if (add) result.addmm_(tensor_of(a), tensor_of(b));
+  if (put == Put::kAdd) result.addmm_(tensor_of(a), tensor_of(b));
   else at::mm_out(result, tensor_of(a), tensor_of(b));
 }
 
@@ -66,16 +67,25 @@ OneThreadProducts::~OneThreadProducts() {
 }
 
 template <class Scalar>
-void multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, bool add) {
+void library_multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, Put put) {
   if (a.outer() == 0 || b.inner() == 0) return;
   if constexpr (!std::is_same_v<Scalar, c10::BFloat16>) {
-    if (gemm_entry<Scalar>() != nullptr && fits_blas(a, b)) return blas_multiply(a, b, out, add);
+    if (gemm_entry<Scalar>() != nullptr && fits_blas(a, b)) return blas_multiply(a, b, out, put);
   }
-  tensor_multiply(a, b, out, add);
+  tensor_multiply(a, b, out, put);
 }
 
-template void multiply(const MatrixView<float>&, const MatrixView<float>&, float*, bool);
-template void multiply(const MatrixView<double>&, const MatrixView<double>&, double*, bool);
-template void multiply(const MatrixView<c10::BFloat16>&, const MatrixView<c10::BFloat16>&, c10::BFloat16*, bool);
+template <class Scalar>
+void multiply(const MatrixView<Scalar>& a, const MatrixView<Scalar>& b, Scalar* out, Put put) {
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (packed_product_pays(a, b)) return packed_product(a, b, out, put);
+  }
+  library_multiply(a, b, out, put);
+}
+
+template void library_multiply(const MatrixView<float>&, const MatrixView<float>&, float*, Put);
+template void multiply(const MatrixView<float>&, const MatrixView<float>&, float*, Put);
+template void multiply(const MatrixView<double>&, const MatrixView<double>&, double*, Put);
+template void multiply(const MatrixView<c10::BFloat16>&, const MatrixView<c10::BFloat16>&, c10::BFloat16*, Put);
 
 }  // namespace moelab

@@ -207,13 +207,13 @@ struct ProductsAlone {
     const Tensor hidden = part(hidden_NF), other = part(other_NF), out = part(out_ND);
     const View x = view(part(f.rows_ND)), grad = view(part(f.grad_rows_ND));
     const View in = view(f.w_in[static_cast<size_t>(e)]), back = view(f.w_out[static_cast<size_t>(e)]);
-    multiply(x, in.t(), at(hidden));
-    multiply(view(hidden), back.t(), at(out));
+    library_multiply(x, in.t(), at(hidden));
+    library_multiply(view(hidden), back.t(), at(out));
     if (!backward) return;
-    multiply(grad, back, at(other));
-    multiply(grad.t(), view(hidden), at(grad_out_EDF.select(0, e)));
-    multiply(view(other).t(), x, at(grad_in_EFD.select(0, e)));
-    multiply(view(other), in, at(out));
+    library_multiply(grad, back, at(other));
+    library_multiply(grad.t(), view(hidden), at(grad_out_EDF.select(0, e)));
+    library_multiply(view(other).t(), x, at(grad_in_EFD.select(0, e)));
+    library_multiply(view(other), in, at(out));
   }
 
   Tensor hidden_NF, other_NF, out_ND, grad_in_EFD, grad_out_EDF;

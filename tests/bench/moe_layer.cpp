@@ -3,8 +3,8 @@
 //   moe_layer    routing (softmax top-k) and execution
 //   execute      execution alone, of a given plan
 //   bare         the experts' products and activations on rows already gathered, without autograd: the bar
-//   products     the same products alone, a call of the library per expert and product as in our layer, to memory that is there:
-//                with these calls nothing is faster: a peer over this line is the most that can be had over the peer
+//   products     the same products alone, a call of the library's BLAS per expert and product, to memory that is there: nothing
+//                that multiplies with the library is faster
 //   dense        a dense layer of width k·f
 //   plain        gather, the library's grouped product, index_add: the plain way of today
 //   where        a loop over experts with where, index_select and index_add; each expert's weights are tensors of their own
@@ -115,8 +115,8 @@ void add_lines(const Lines& lines) {
       if (!*products) *products = std::make_unique<const ProductsAlone>(**f);
       (*products)->once(**f, backward);
     });
-    lines.ratio("products alone, share of the layer", "products", "moe_layer", 0, false);
-    lines.ratio("the plain way over products alone", "plain", "products", 0, true);
+    lines.ratio("the library's products alone over the layer", "products", "moe_layer", 0, false);
+    lines.ratio("the plain way over the library's products alone", "plain", "products", 0, true);
   }
   lines.ratio("layer over bare products", "moe_layer", "bare", 0, false);
   lines.ratio("layer over the dense layer", "moe_layer", "dense", 0, false);
@@ -126,7 +126,7 @@ void add_lines(const Lines& lines) {
     lines.add_output("where", where_output, 3);
     lines.add_output("where_stacked", where_stacked_output, 3);
     lines.ratio("the where loop over the layer", "where", "moe_layer", backward ? 5 : 2, true);
-    if (floor) lines.ratio("the where loop over products alone", "where", "products", 0, true);
+    if (floor) lines.ratio("the where loop over the library's products alone", "where", "products", 0, true);
     lines.ratio("the where loop on stacked weights over the layer", "where_stacked", "moe_layer", 0, true);
   }
   if (s.experts == 8 && s.k == 2 && s.load == "even" && lines.keep) {
