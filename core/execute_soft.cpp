@@ -13,6 +13,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -55,6 +57,12 @@ BlockNoise noise_of(const SoftSequence& sequence) {
   return {plan.noise_std, {}, plan.noise_key, plan.sequence_key_T.index_select(0, rows), plan.position_T.index_select(0, rows)};
 }
 
+// to = a·b, in the dtype of `to`.
+void multiply_into(Tensor to, const Tensor& a, const Tensor& b) {
+  if (to.scalar_type() == a.scalar_type()) at::mm_out(to, a, b);
+  else to.copy_(a.mm(b));
+}
+
 // Visits the blocks of rows: visit(first row, rows, logits of the block).
 template <class Visit>
 void for_logit_blocks(const Tensor& query_MD, const Tensor& key_SD, const Tensor& scale, const BlockNoise& noise, Visit visit) {
@@ -78,7 +86,8 @@ struct LogitGradients {
 
   void add(int64_t first, const Tensor& grad_BS) {
     const Tensor query_BD = query_MD.narrow(0, first, grad_BS.size(0)), towards_BD = grad_BS.mm(key_SD);
-    grad_query_MD.narrow(0, first, grad_BS.size(0)).copy_(towards_BD.mul(scale));
+    Tensor to_BD = grad_query_MD.narrow(0, first, grad_BS.size(0));
+    at::mul_out(to_BD, towards_BD, scale);
     grad_key_SD.addmm_(grad_BS.t(), query_BD);
     grad_scale.add_(towards_BD.mul(query_BD).sum());
   }
@@ -126,7 +135,7 @@ struct FillSlots : torch::autograd::Function<FillSlots> {
       // and a mean made of the very terms that it is taken from, keep it exact.
       const bool all = rows == x_MD.size(0);
       const Tensor weight_BS = all ? logits_BS.softmax(0) : logits_BS.sub_(level_S).exp_();
-      grad_x_MD.narrow(0, first, rows).copy_(weight_BS.mm(grad_SD));
+      multiply_into(grad_x_MD.narrow(0, first, rows), weight_BS, grad_SD);
       Tensor grad_BS = x_MD.narrow(0, first, rows).to(grad_SD.scalar_type()).mm(grad_SD.t());
       const Tensor mean_S = all ? grad_BS.mul(weight_BS).sum(0) : constant_S;
       out.add(first, grad_BS.sub_(mean_S).mul_(weight_BS));
@@ -163,7 +172,7 @@ struct ReadSlots : torch::autograd::Function<ReadSlots> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     Tensor out_MW = at::empty({query_MD.size(0), slots_SW.size(1)}, slots_SW.options());
     for_logit_blocks(query_MD, key_SD, scale, noise, [&](int64_t first, int64_t rows, Tensor& logits_BS) {
-      out_MW.narrow(0, first, rows).copy_(logits_BS.softmax(1).mm(slots_SW.to(logits_BS.scalar_type())));
+      multiply_into(out_MW.narrow(0, first, rows), logits_BS.softmax(1), slots_SW.to(logits_BS.scalar_type()));
     });
     ctx->save_for_backward({query_MD, key_SD, scale, slots_SW});
     FillSlots::keep_noise(ctx, noise);
