@@ -274,8 +274,10 @@ class Product {
   int64_t height_;
 };
 
-bool wide_enough() {
-  static const bool is = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f");
+// The library's kernels are wider than ours where there is AVX-512, but on AMD's processors it keeps to AVX2.
+bool as_wide_as_the_library() {
+  static const bool is = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         (!__builtin_cpu_supports("avx512f") || __builtin_cpu_is("amd"));
   return is;
 }
 
@@ -284,7 +286,7 @@ bool wide_enough() {
 bool packed_product_pays(const MatrixView<float>& a, const MatrixView<float>& b) {
   constexpr int64_t kFew = 8;      // rows: below, copying b costs more than multiplying it
   constexpr int64_t kLong = 1280;  // terms: above, results are read and written again too often
-  return wide_enough() && b.inner() >= kLanes && a.outer() >= kFew && a.inner() <= kLong;
+  return as_wide_as_the_library() && b.inner() >= kLanes && a.outer() >= kFew && a.inner() <= kLong;
 }
 
 void packed_product(const MatrixView<float>& a, const MatrixView<float>& b, float* out, Put put) {

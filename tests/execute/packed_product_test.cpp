@@ -81,7 +81,7 @@ bool kernel_is_here() {
   const Numbers numbers(16 * 16, 0, 1);
   const MatrixView<float> square{numbers.data(), 16, 16};
   if (packed_product_pays(square, square)) return true;
-  WARN("no AVX2, or AVX-512: the library's products are used");
+  WARN("no AVX2, or a processor on which the library has wider ones: the library's products are used");
   return false;
 }
 
