@@ -57,11 +57,11 @@ OptionValue config_option_value(const OptionSpec& spec, const ConfigNode& node) 
                                       with_article(type_name(spec.default_value))));
 }
 
-// The resolved config lies in another folder, so it needs whole paths.
+// The resolved config lies in another folder, so it needs whole paths. What is nowhere is missed beside the file that says it.
 std::string whole_path(const std::string& written, const ConfigPlace& place) {
   namespace fs = std::filesystem;
   const fs::path beside = fs::path(place.file).parent_path() / written;
-  const bool from_file = place.line > 0 && fs::exists(beside);
+  const bool from_file = place.line > 0 && (fs::exists(beside) || !fs::exists(written));
   return fs::absolute(from_file ? beside : fs::path(written)).lexically_normal().string();
 }
 

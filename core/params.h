@@ -39,7 +39,7 @@ struct OptionSpec {
   OptionSpec between(double low, double high) const;
   OptionSpec below(double high) const;  // itself excluded
   OptionSpec one_of(std::vector<std::string> words) const;
-  OptionSpec as_path() const;   // relative to the folder of the file that says it, or else to the working folder
+  OptionSpec as_path() const;   // relative to the folder of the file that says it, or else to the working folder if it is there
   OptionSpec as_paths() const;  // several of them
   OptionSpec in_steps() const;
   OptionSpec as_rows_of(const std::string& tensor) const;

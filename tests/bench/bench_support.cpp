@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "core/memory.h"
+#include "core/parallel.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -130,12 +131,15 @@ std::string ratio_table(const std::vector<RatioRow>& rows, const KeepingReporter
   return table;
 }
 
+constexpr int kChains = 8, kLanes = 8;  // of the ceiling of multiply-add
+constexpr double kRoundFlops = 2.0 * kChains * kLanes, kCeilingFlops = kRoundFlops * (1 << 20);
+
 std::string ceiling_table(const KeepingReporter& times) {
   const double product = 2.0 * 1024 * 1024 * 1024 * 1e-9;
   return fmt::format(
       "Ceilings in the same run: one thread {:.0f} GFLOP/s multiply-add, {:.1f} GB/s copy (read and written), {:.0f} "
       "GFLOP/s matrix product 1024³; two threads {:.0f} GFLOP/s matrix product.\n",
-      2.0 * 8 * 8 * (1 << 20) / times.median("ceiling/fma/threads1") * 1e-9,
+      kCeilingFlops / times.median("ceiling/fma/threads1") * 1e-9,
       2.0 * (64 << 20) / times.median("ceiling/copy/threads1") * 1e-9, product / times.median("ceiling/gemm/threads1"),
       product / times.median("ceiling/gemm/threads2"));
 }
@@ -144,11 +148,11 @@ std::string ceiling_table(const KeepingReporter& times) {
 #if defined(__x86_64__) && !defined(__clang__)
 __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #endif
-float multiply_adds(float start) {
-  float lane[8][8];
+float multiply_adds(int64_t rounds) {
+  float lane[kChains][kLanes];
   for (auto& chain : lane)
-    for (float& value : chain) value = start;
-  for (int i = 0; i < 1 << 20; ++i)
+    for (float& value : chain) value = 0.5f;
+  for (int64_t i = 0; i < rounds; ++i)
     for (auto& chain : lane)
       for (float& value : chain) value = value * 0.999f + 0.001f;
   float sum = 0;
@@ -164,6 +168,13 @@ int64_t peak_bytes(const std::function<void()>& work) {
   const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, probe);
   work();
   return probe->peak;
+}
+
+void spend_flops(double flops) {
+  const auto rounds = static_cast<int64_t>(flops / kRoundFlops);
+  parallel_for(0, rounds, rounds / at::get_num_threads() + 1, [](int64_t begin, int64_t end) {
+    benchmark::DoNotOptimize(multiply_adds(end - begin));
+  });
 }
 
 void check_close(const Tensor& a, const Tensor& b, const std::string& what, double tolerance) {
@@ -191,7 +202,7 @@ void Suite::add(Line line) {
 
 void Suite::add_ceilings() {
   const Tensor a = at::rand({1024, 1024}), b = at::rand({1024, 1024}), from = at::rand({16 << 20}), to = at::empty_like(from);
-  add(Line{.name = "ceiling/fma/threads1", .work = [] { benchmark::DoNotOptimize(multiply_adds(0.5f)); }});
+  add(Line{.name = "ceiling/fma/threads1", .work = [] { spend_flops(kCeilingFlops); }});
   add(Line{.name = "ceiling/copy/threads1", .work = [=] { std::memcpy(to.data_ptr(), from.data_ptr(), 64 << 20); }});
   for (const int threads : {1, 2})
     add(Line{.name = fmt::format("ceiling/gemm/threads{}", threads), .work = [=] { benchmark::DoNotOptimize(a.mm(b)); },

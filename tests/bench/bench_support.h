@@ -56,6 +56,9 @@ class Suite {
 // The most bytes alive at a time during `work`, beyond those before it.
 int64_t peak_bytes(const std::function<void()>& work);
 
+// Takes the time of so many floating-point operations at the speed of multiply-add, on the threads in use: no product is faster.
+void spend_flops(double flops);
+
 // Ends the program where two tensors that should be equal are not: a wrong line must not be timed.
 void check_close(const Tensor& a, const Tensor& b, const std::string& what, double tolerance = 1e-4);
 

@@ -9,6 +9,7 @@
 //   plain        gather, the library's grouped product, index_add: the plain way of today
 //   where        a loop over experts with where, index_select and index_add; each expert's weights are tensors of their own
 //   where_stacked  the same on slices of stacked weights, whose gradients autograd makes as large as the whole stack
+//   multiply_add  the multiply-adds of the experts' products and nothing else, not even memory: nothing at all is faster
 //   einsum       dispatch and combine masks of capacity 1.25 (GShard's form)
 //
 // Experts' loads: even in expectation, `zipf` (share of expert e ∝ 1/(e+1)), `one` (one expert takes all first choices).
@@ -73,12 +74,12 @@ struct Lines {
   std::string name(const std::string& what) const {
     return fmt::format("{}/{}/{}{}/threads{}", what, pass, f->shape.name(), keep ? "" : "/returned", threads);
   }
+  double flops() const { return (pass == "fwd" ? 1 : 3) * f->shape.flops(); }
   void add(const std::string& what, std::function<void()> work, int repetitions = 5) const {
-    const double scale = pass == "fwd" ? 1 : 3;
     const Shape& s = f->shape;
     suite.add(Line{.name = name(what), .work = std::move(work), .threads = threads, .keep_memory = keep,
                    .repetitions = repetitions,
-                   .counters = {{"flops", scale * s.flops()}, {"bytes", s.minimal_bytes()},
+                   .counters = {{"flops", flops()}, {"bytes", s.minimal_bytes()},
                                 {"rows_per_expert", static_cast<double>(s.rows_per_expert())}}});
   }
   void add_output(const std::string& what, Output output, int repetitions = 9) const {
@@ -126,7 +127,9 @@ void add_lines(const Lines& lines) {
     lines.add_output("where", where_output, 3);
     lines.add_output("where_stacked", where_stacked_output, 3);
     lines.ratio("the where loop over the layer", "where", "moe_layer", backward ? 5 : 2, true);
-    if (floor) lines.ratio("the where loop over the library's products alone", "where", "products", 0, true);
+    lines.ratio("the where loop over the library's products alone", "where", "products", 0, true);
+    lines.add("multiply_add", [flops = lines.flops()] { spend_flops(flops); }, 3);
+    lines.ratio("the where loop over multiply-add alone, the most that any layer could reach", "where", "multiply_add", 0, true);
     lines.ratio("the where loop on stacked weights over the layer", "where_stacked", "moe_layer", 0, true);
   }
   if (s.experts == 8 && s.k == 2 && s.load == "even" && lines.keep) {

@@ -52,18 +52,21 @@ TEST_CASE("of several bases the later one wins, and the file itself wins over al
   CHECK(options.integer("c") == 3);
 }
 
-TEST_CASE("a path starts at the file that says it where it leads somewhere, else at the working folder, and is written whole") {
+TEST_CASE("a path starts at the file that says it, or at the working folder if it leads somewhere only there; it is written whole") {
   const ConfigFolder folder;
+  const std::string here = std::filesystem::current_path().string();
+  const std::string far = std::filesystem::directory_iterator(here)->path().filename().string();
   folder.write("texts/a.txt", "a");
-  folder.write("base/b.toml", "[data]\nnear = '../texts/a.txt'\nfar = 'no/such/file'\nseveral = '../texts, x.so'\n");
-  const OptionSpecs specs{option("near", "", "").as_path(), option("far", "", "").as_path(), option("several", "", "").as_paths(),
-                          option("unset", "", "").as_path()};
+  folder.write("base/b.toml", "[data]\nnear = '../texts/a.txt'\nfar = '" + far + "'\nnowhere = '../no/such/file'\n" +
+                                  "several = '../texts, " + far + ", x.so'\n");
+  const OptionSpecs specs{option("near", "", "").as_path(), option("far", "", "").as_path(), option("nowhere", "", "").as_path(),
+                          option("several", "", "").as_paths(), option("unset", "", "").as_path()};
   const Table root = load_config(folder.write("exp.toml", "extends = 'base/b.toml'\n"));
   const Options options = root.child("data").options(specs);
-  const std::string here = std::filesystem::current_path().string();
   CHECK(options.text("near") == folder.at("texts/a.txt"));
-  CHECK(options.text("far") == here + "/no/such/file");
-  CHECK(options.text("several") == folder.at("texts") + ", " + here + "/x.so");
+  CHECK(options.text("far") == here + "/" + far);
+  CHECK(options.text("nowhere") == folder.at("no/such/file"));
+  CHECK(options.text("several") == folder.at("texts") + ", " + here + "/" + far + ", " + folder.at("base/x.so"));
   CHECK(options.text("unset").empty());
   CHECK(resolved_text(root).find("near = \"" + folder.at("texts/a.txt") + "\"") != std::string::npos);
 
