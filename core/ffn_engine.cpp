@@ -79,7 +79,8 @@ std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tens
       const int64_t first = offset[groups[g].first + slot], end = offset[groups[g].first + slot + 1];
       for (int64_t at = first; at < end;) {
         const int64_t most = std::clamp((pairs - at) / 4, fewest_rows, most_rows), pieces = (end - at + most - 1) / most;
-        const int64_t rows = (end - at + pieces - 1) / pieces;
+        const int64_t even = (end - at + pieces - 1) / pieces;
+        const int64_t rows = at == first && pieces > 1 ? std::min(even, fewest_rows) : even;
         blocks.push_back({.group = g, .slot = slot, .first = at, .rows = rows, .in_group = at - offset[groups[g].first],
                           .before = at == first ? -1 : static_cast<int64_t>(blocks.size()) - 1});
         at += rows;

@@ -22,6 +22,7 @@ struct FfnBlock {
   int64_t before;     // the block of the same expert before this one; -1 = none
 };
 // Blocks of at most `most_rows`. Towards the last pair they become shorter, down to `fewest_rows`, so that threads end together.
+// Short is the first of several of one expert, too: the thread with the second waits for its gradients.
 std::vector<FfnBlock> ffn_blocks(const std::vector<FfnGroup>& groups, const Tensor& offsets_E1, int64_t most_rows,
                                  int64_t fewest_rows);
 

@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "core/ffn_engine.h"
 #include "core/grouped.h"
+#include "core/parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -13,6 +14,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace moelab {
 namespace {
@@ -83,12 +85,18 @@ Tensor row_sums(const FfnRows& rows) {
   return at::zeros(rows.x_TD.sizes(), rows.x_TD.options().dtype(at::toOpMathType(rows.x_TD.scalar_type())));
 }
 
-// Only experts without rows are zeroed: the others' first block writes.
+// Only experts without rows are zeroed, by all threads: the others' first block writes.
 Tensor weight_gradient(const Tensor& weight, int64_t first, const Tensor& offsets_E1) {
   Tensor grad = at::empty(weight.sizes(), weight.options());
   const int64_t* offset = offsets_E1.const_data_ptr<int64_t>() + first;
-  for (int64_t slot = 0; slot < weight.size(0); ++slot)
-    if (offset[slot] == offset[slot + 1]) grad.select(0, slot).zero_();
+  const size_t bytes = static_cast<size_t>(grad.stride(0)) * grad.element_size();
+  std::vector<char*> without_rows;
+  for (int64_t slot = 0; slot < grad.size(0); ++slot)
+    if (offset[slot] == offset[slot + 1])
+      without_rows.push_back(static_cast<char*>(grad.mutable_data_ptr()) + static_cast<size_t>(slot) * bytes);
+  parallel_for(0, static_cast<int64_t>(without_rows.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memset(without_rows[static_cast<size_t>(i)], 0, bytes);
+  });
   return grad;
 }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every benchmark binary of a build and joins their tables of ratios into one Markdown file, BUILD/bench_report.md. Ratios
-# are medians of interleaved repetitions within one process; take them on a machine that does nothing else.
+# are those of medians, and beside them of the shortest, of interleaved repetitions within one process; take them on a machine that
+# does nothing else.
 #   scripts/bench_report.sh BUILD [Google Benchmark options]
 set -euo pipefail
 build=${1:-build}

@@ -79,7 +79,7 @@ TEST_CASE("far from 0 activations are exact, and what is no number stays none") 
   CHECK(std::isnan(silu.value.back()));
 }
 
-TEST_CASE("blocks cover every pair once, follow each other, and get shorter towards the end") {
+TEST_CASE("blocks cover every pair once, follow each other, get shorter towards the end, and start short") {
   // Experts 0 to 4 in two groups; 2 is in neither, 3 has no pair.
   const Tensor offsets_E1 = at::tensor(std::vector<int64_t>{0, 5000, 5100, 5200, 5200, 9000});
   const std::vector<FfnBlock> blocks = ffn_blocks({group_of(0, 2), group_of(3, 2)}, offsets_E1, 1280, 256);
@@ -94,6 +94,7 @@ TEST_CASE("blocks cover every pair once, follow each other, and get shorter towa
     CHECK(blocks[b].in_group == next - (expert < 2 ? 0 : 5200));
     CHECK((blocks[b].rows >= 1 && blocks[b].rows <= 1280));
     CHECK(blocks[b].rows <= std::max<int64_t>(256, (9000 - next) / 4));
+    if (next == start[expert] && next + blocks[b].rows < end[expert]) CHECK(blocks[b].rows <= 256);
     next += blocks[b].rows;
   }
   CHECK(expert == 2);
