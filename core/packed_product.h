@@ -6,7 +6,7 @@
 
 namespace moelab {
 
-// Whether the kernel is there (a processor with AVX2, and not one for which the library's kernels are wider) and faster for these.
+// Whether the kernel is there (a processor with AVX2, for which the library's kernels are not wider) and faster for these.
 bool packed_product_pays(const MatrixView<float>& a, const MatrixView<float>& b);
 
 // As multiply. Each result is one sum in the order of its terms, 256 at a time; its bits depend on nothing else.

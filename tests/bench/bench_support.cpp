@@ -129,8 +129,8 @@ std::string ratio_table(const std::vector<RatioRow>& rows, const KeepingReporter
     if (std::isnan(ratio)) continue;
     const double best = ratio_of(row, [&](const std::string& line) { return times.shortest(line); });
     const std::string bar = row.bar == 0 ? "" : fmt::format("{} {:g}", row.above ? "≥" : "≤", row.bar);
-    table += fmt::format("| {} | {:.2f} | {} | {} | {} |\n", row.what, ratio, row.of_peaks ? "" : fmt::format("{:.2f}", best), bar,
-                         verdict(row, ratio));
+    const std::string shortest = row.of_peaks ? "" : fmt::format("{:.2f}", best);
+    table += fmt::format("| {} | {:.2f} | {} | {} | {} |\n", row.what, ratio, shortest, bar, verdict(row, ratio));
   }
   return table;
 }
@@ -148,8 +148,8 @@ std::string ceiling_table(const KeepingReporter& times) {
       product / times.median("ceiling/gemm/threads2"));
 }
 
-// Leaves free memory at the end of the heap that has its pages: where a block of some 30 MB finds no gap in a heap full of them, the
-// run that asks for it would else pay for new pages, which cost more than the numbers in them.
+// Leaves free memory at the end of the heap that has its pages: where a block of some 30 MB finds no gap in a heap full of them,
+// the run that asks for it would else pay for new pages, which cost more than the numbers in them.
 void reserve_pages() {
   constexpr int64_t kBytes = 768 << 20, kPage = 4096;  // less than what keep_freed_memory keeps at the heap's end
   const Tensor memory = at::empty({kBytes}, at::kByte);

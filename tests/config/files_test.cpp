@@ -52,7 +52,7 @@ TEST_CASE("of several bases the later one wins, and the file itself wins over al
   CHECK(options.integer("c") == 3);
 }
 
-TEST_CASE("a path starts at the file that says it, or at the working folder if it leads somewhere only there; it is written whole") {
+TEST_CASE("a path starts at the file that says it, or at the working folder if it is only there, and is written whole") {
   const ConfigFolder folder;
   const std::string here = std::filesystem::current_path().string();
   const std::string far = std::filesystem::directory_iterator(here)->path().filename().string();
